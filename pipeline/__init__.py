@@ -1,0 +1,1 @@
+"""The first stage: prepare a corpus, capture a teacher, compare teachers."""

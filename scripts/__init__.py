@@ -1,0 +1,1 @@
+"""The command line, the quickstart and the benchmarks."""

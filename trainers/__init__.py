@@ -1,0 +1,1 @@
+"""The second stage: train students from a cache."""
