@@ -1,0 +1,157 @@
+"""Zarr v3 arrays with one leading axis, encoded shard by shard.
+
+Every array of a cache has the sharding codec. A shard object is encoded in memory by zarr-python's own
+pipeline (deterministic: same values, same bytes) and then written as one durable file; zarr-python also reads
+it back. Only standard codecs are used: transpose, bytes, blosc (zstd), crc32c, sharding_indexed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.abc.codec import BytesBytesCodec
+from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import LocalStore, MemoryStore
+
+from tailcache.storage.errors import CorruptError
+
+__all__ = ["ArraySpec", "group_metadata", "open_array", "read_slice"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArraySpec:
+    """How one array lies on disk; everything but its length, which grows with the corpus."""
+
+    name: str
+    dtype: str
+    """NumPy name of the element type, little-endian on disk."""
+    chunk: int
+    """Elements of the leading axis in an inner chunk, the unit of random access."""
+    shard: int
+    """Elements of the leading axis in a shard object; a multiple of ``chunk``."""
+    columns: int | None = None
+    """Length of the second axis; none for a one-dimensional array."""
+    column_major: bool = False
+    """Store inner chunks transposed, so that like stands beside like for the compressor."""
+    level: int = 5
+    """blosc compression level, 1 to 9."""
+    shuffle: str = "shuffle"
+    meaning: str = ""
+    """One line for the array's attributes."""
+
+    def _create(self, store: MemoryStore, length: int) -> zarr.Array[Any]:
+        trailing = () if self.columns is None else (self.columns,)
+        compressors: list[BytesBytesCodec] = [
+            BloscCodec(
+                typesize=np.dtype(self.dtype).itemsize,
+                cname="zstd",
+                clevel=self.level,
+                shuffle=self.shuffle,  # type: ignore[arg-type]
+            ),
+            Crc32cCodec(),
+        ]
+        return zarr.create_array(
+            store,
+            shape=(length, *trailing),
+            dtype=self.dtype,
+            chunks=(self.chunk, *trailing),
+            shards=(self.shard, *trailing),
+            filters=[TransposeCodec(order=(1, 0))] if self.column_major else None,
+            compressors=compressors,
+            fill_value=0,
+            config={"write_empty_chunks": True},  # so that an object that is not there is damage, never data
+            attributes={"meaning": self.meaning},
+            dimension_names=("position",) if self.columns is None else ("position", "rank"),
+        )
+
+    def metadata(self, length: int) -> bytes:
+        """The bytes of the array's ``zarr.json`` for a given length of the leading axis."""
+        store = MemoryStore()
+        self._create(store, length)
+        return _get(store, "zarr.json") or b""
+
+    def object_path(self, shard: int) -> str:
+        """Where a shard object lies, relative to the group."""
+        return f"{self.name}/c/{shard}" + ("" if self.columns is None else "/0")
+
+    def encode(self, values: NDArray[Any]) -> bytes | None:
+        """One shard object.
+
+        Args:
+          values: [n] or [n, columns], n <= shard, cast to the array's type beforehand.
+
+        Returns:
+          The object's bytes; none where there are no values. Slots after the last value are not stored.
+        """
+        if values.dtype != np.dtype(self.dtype) or len(values) > self.shard:
+            raise ValueError(
+                f"{self.name}: expected at most {self.shard} values of {self.dtype}, found {len(values)} of "
+                f"{values.dtype}"
+            )
+        if len(values) == 0:
+            return None
+        store = MemoryStore()
+        self._create(store, len(values))[:] = values
+        return _get(store, self.object_path(0).removeprefix(self.name + "/"))
+
+
+def _get(store: MemoryStore, key: str) -> bytes | None:
+    async def get() -> bytes | None:
+        buffer = await store.get(key, prototype=default_buffer_prototype())
+        return None if buffer is None else buffer.to_bytes()
+
+    return sync(get())
+
+
+def group_metadata(attributes: dict[str, Any]) -> bytes:
+    """The bytes of a group's ``zarr.json``."""
+    store = MemoryStore()
+    zarr.create_group(store, attributes=attributes)
+    return _get(store, "zarr.json") or b""
+
+
+def open_array(path: Path) -> zarr.Array[Any]:
+    """Open an array for reading.
+
+    Raises:
+      CorruptError: its ``zarr.json`` is missing or cannot be understood.
+    """
+    try:
+        return zarr.open_array(LocalStore(path, read_only=True), mode="r", zarr_format=3)
+    except Exception as error:  # zarr raises many kinds on a damaged zarr.json
+        raise CorruptError(
+            f"{path}: expected a zarr v3 array, found none that can be opened ({type(error).__name__}: {error}); "
+            "run `tailcache verify`"
+        ) from error
+
+
+def read_slice(array: zarr.Array[Any], first: int, last: int, where: Callable[[], str]) -> NDArray[Any]:
+    """Read ``array[first:last]``.
+
+    Args:
+      array: an array of a cache.
+      first: first element of the leading axis.
+      last: one past the last.
+      where: says, in case of damage, which field and shard this is.
+
+    Raises:
+      CorruptError: a checksum does not match, or an object is cut short.
+    """
+    try:
+        return np.asarray(array[first:last])
+    except (asyncio.CancelledError, KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:  # crc32c mismatch, blosc failure, short object: zarr has no common class
+        raise CorruptError(
+            f"{where()}: the stored bytes cannot be decoded ({type(error).__name__}: {error}); run "
+            "`tailcache verify` to list all damage, then restore the file from a copy or capture again"
+        ) from error
