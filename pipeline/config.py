@@ -29,8 +29,8 @@ class PrepareConfig:
 
     source: str
     """What to read: a file or folder (parquet, .jsonl, .json, .txt, .arrow, or what `datasets` saved; text
-    and JSON may be .gz, .bz2, .xz or .zst), a pattern such as "data/*.jsonl", the name of a dataset on the hub,
-    or `python-docstrings` (the documentation strings of Python's standard library)."""
+    and JSON may be .gz, .bz2, .xz or .zst), a pattern such as "data/*.jsonl", the name of a dataset on the
+    hub, or `python-docstrings` (the documentation strings of Python's standard library)."""
 
     tokenizer: str
     """The tokenizer of teacher and students: a folder, a hub id, or a GGUF file."""
