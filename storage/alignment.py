@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-
 from tailcache.storage.errors import DataError
 
 __all__ = ["next_tokens", "segment_ids", "supervise_next", "target_positions"]
 
 
-def supervise_next(token_wanted_N: NDArray[np.bool_], row_offsets: NDArray[np.int64],
-                   document_start_N: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def supervise_next(
+    token_wanted_N: NDArray[np.bool_], row_offsets: NDArray[np.int64], document_start_N: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
     """Turn "this token is to be learnt" into "this position has a target", the shift done once, here.
 
     Args:

@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from tailcache.storage.errors import CorruptError
 from zarr.abc.codec import BytesBytesCodec
 from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore
-
-from tailcache.storage.errors import CorruptError
 
 __all__ = ["ArraySpec", "group_metadata", "open_array", "read_slice"]
 

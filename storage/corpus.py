@@ -31,7 +31,6 @@ from typing import Any, Self
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-
 from tailcache.storage import durable
 from tailcache.storage.alignment import supervise_next
 from tailcache.storage.arrays import ArraySpec, group_metadata, open_array, read_slice
@@ -62,7 +61,11 @@ def corpus_arrays(vocab_size: int) -> dict[str, ArraySpec]:
     specs = [
         spec("tokens", token_type, "token ids, all rows one after another"),
         spec("document_start", "bool", "the token is the first of its document"),
-        spec("supervised", "bool", "the position has a target: the next token is supervised and in the same document"),
+        spec(
+            "supervised",
+            "bool",
+            "the position has a target: the next token is supervised and in the same document",
+        ),
         spec("row_offsets", "int64", "index into tokens of each row's first token; one more entry than rows"),
         spec("target_offsets", "int64", "number of targets before each row; one more entry than rows"),
         spec("held_out", "bool", "the row is for evaluation, never for training"),
@@ -260,7 +263,11 @@ class CorpusWriter:
         for column in self._columns.values():
             column.flush()
             self._write(f"{column.spec.name}/zarr.json", column.spec.metadata(column.written))
-        attributes = {"format": "tailcache corpus", "format_version": CORPUS_VERSION, "vocab_size": self._vocab_size}
+        attributes = {
+            "format": "tailcache corpus",
+            "format_version": CORPUS_VERSION,
+            "vocab_size": self._vocab_size,
+        }
         self._write("zarr.json", group_metadata({"tailcache": attributes}))
         for name, data in sorted(tokenizer_files.items()):
             self._write(f"tokenizer/{name}", data)
@@ -375,8 +382,12 @@ class Corpus:
 
     def stream(self, name: str) -> Iterator[NDArray[Any]]:
         """A whole array, in pieces of bounded size."""
-        length = {"row_offsets": self.num_rows + 1, "target_offsets": self.num_rows + 1, "held_out": self.num_rows,
-                  "token_counts": self.vocab_size}.get(name, self.num_tokens)
+        length = {
+            "row_offsets": self.num_rows + 1,
+            "target_offsets": self.num_rows + 1,
+            "held_out": self.num_rows,
+            "token_counts": self.vocab_size,
+        }.get(name, self.num_tokens)
         for first in range(0, length, _BLOCK):
             yield self.read(name, first, min(first + _BLOCK, length))
 

@@ -19,7 +19,15 @@ from pathlib import Path
 
 from tailcache.storage.errors import StorageError
 
-__all__ = ["TEMPORARY", "make_folder", "promote_folder", "remove_tree", "sha256", "sweep_temporary", "write_file"]
+__all__ = [
+    "TEMPORARY",
+    "make_folder",
+    "promote_folder",
+    "remove_tree",
+    "sha256",
+    "sweep_temporary",
+    "write_file",
+]
 
 TEMPORARY = ".tmp"
 

@@ -61,10 +61,7 @@ def _segmentation(tokenizer: Any) -> Any:
     if "merges" in model:  # written as "a b" by older versions, as [a, b] by newer ones
         model["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     deciding = ("id", "content", "single_word", "lstrip", "rstrip", "normalized")
-    added = [
-        {key: token.get(key, False) for key in deciding}
-        for token in described.get("added_tokens") or []
-    ]
+    added = [{key: token.get(key, False) for key in deciding} for token in described.get("added_tokens") or []]
     return {
         "model": model,
         "normalizer": described.get("normalizer"),

@@ -1,0 +1,172 @@
+"""Where everything of one teacher lies: names, shapes and the arithmetic from rows to slots.
+
+    CACHE/teachers/NAME/
+      zarr.json               group; its attributes are ``Layout``: all that decoding needs
+      vocabulary_order        [V] uint32        constant: the token of each rank
+      logprob_levels          [L] float32       constant: -log p of each level
+      token_codes             [S, K] uint16/32  one slot per target position, one object per shard
+      logprob_gaps            [S, K] uint16/32
+      log_tail, tail_entropy, log_target, log_not_target   [S] float32
+      tail_sample_codes       [S, m] uint16/32  absent where m = 0
+      mean_tail               [V] float32       constant, written when the last shard is in
+      manifest.json           sealed: settings, provenance, checksums of metadata and constants
+      commits/SHARD.json      sealed: a shard exists if and only if its commit record does
+      complete.json           sealed: the capture is finished
+
+A shard is ``rows_per_shard`` consecutive rows and owns ``shard_slots`` slots of every array, more than any
+shard's targets need. The slots it does not need are not stored. So the slot of a target follows from its row
+by arithmetic, and no index has to be read, listed or kept.
+
+Legend: S slots, K kept tokens, m samples, V vocabulary, L levels.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from tailcache.storage.arrays import ArraySpec
+from tailcache.storage.codec import SCALARS, Codec
+from tailcache.storage.errors import ConfigError, FormatError
+
+__all__ = ["TARGETS_FORMAT", "TARGETS_VERSION", "Layout", "check_name", "commit_path"]
+
+TARGETS_FORMAT = "tailcache targets"
+TARGETS_VERSION = 1
+_CONSTANT_SHARD = 1 << 22
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The sizes of one teacher's targets. These are the attributes of its zarr group."""
+
+    vocab_size: int
+    """Real token ids; padded rows of the head are not counted."""
+    top_k: int
+    num_samples: int
+    num_levels: int
+    num_rows: int
+    num_positions: int
+    rows_per_shard: int
+    shard_slots: int
+    chunk: int
+    """Slots of an inner chunk."""
+    compression_level: int
+
+    @property
+    def num_shards(self) -> int:
+        """Shards needed for all rows."""
+        return -(-self.num_rows // self.rows_per_shard)
+
+    def shard_rows(self, shard: int) -> tuple[int, int]:
+        """First row and one past the last of a shard."""
+        first = shard * self.rows_per_shard
+        return first, min(first + self.rows_per_shard, self.num_rows)
+
+    def attributes(self) -> dict[str, Any]:
+        """What the group's ``zarr.json`` says under the key ``tailcache``."""
+        return {"format": TARGETS_FORMAT, "format_version": TARGETS_VERSION, **asdict(self)}
+
+    @staticmethod
+    def from_attributes(attributes: dict[str, Any], where: str) -> Layout:
+        """The inverse of ``attributes``.
+
+        Raises:
+          FormatError: another format, an unknown version, or sizes that make no sense.
+        """
+        if attributes.get("format") != TARGETS_FORMAT:
+            raise FormatError(f"{where}: expected {TARGETS_FORMAT!r}, found {attributes.get('format')!r}")
+        if attributes.get("format_version") != TARGETS_VERSION:
+            raise FormatError(
+                f"{where}: expected format version {TARGETS_VERSION}, found {attributes.get('format_version')!r}; "
+                "install the version of tailcache that wrote it"
+            )
+        names = [f.name for f in fields(Layout)]
+        smallest = {"num_samples": 0}
+        for name in names:
+            value = attributes.get(name)
+            if type(value) is not int or not smallest.get(name, 1) <= value < 1 << 53:
+                raise FormatError(f"{where}: expected a whole number for {name!r}, found {value!r}")
+        layout = Layout(**{name: attributes[name] for name in names})
+        if layout.top_k > layout.vocab_size or layout.shard_slots % layout.chunk:
+            raise FormatError(f"{where}: sizes that contradict each other: {layout}")
+        return layout
+
+    def fields(self) -> dict[str, ArraySpec]:
+        """The arrays that have one slot per target position, by name."""
+        id_type, gap_type = Codec.id_type_for(self.vocab_size), Codec.gap_type_for(self.num_levels)
+
+        def spec(
+            name: str, dtype: str, meaning: str, columns: int | None = None, transposed: bool = False
+        ) -> ArraySpec:
+            return ArraySpec(
+                name=name, dtype=dtype, columns=columns, column_major=transposed, meaning=meaning,
+                chunk=self.chunk, shard=self.shard_slots, level=self.compression_level,
+            )  # fmt: skip
+
+        meanings = {
+            "log_tail": "nats, log of the mass outside the top-K",
+            "tail_entropy": "nats, entropy of the normalised distribution outside the top-K",
+            "log_target": "nats, log-probability of the true next token",
+            "log_not_target": "nats, log of one minus the probability of the true next token",
+        }
+        specs = [
+            spec(
+                "token_codes",
+                id_type,
+                "ranks of the top-K tokens; differences where the gap is 0",
+                self.top_k,
+            ),
+            spec(
+                "logprob_gaps",
+                gap_type,
+                "differences of the top-K log-probs' levels",
+                self.top_k,
+                transposed=True,
+            ),
+            *(spec(name, "float32", meanings[name]) for name in SCALARS),
+        ]
+        if self.num_samples:
+            specs.append(
+                spec(
+                    "tail_sample_codes", id_type, "differences of the sorted ranks of draws from the tail",
+                    self.num_samples, transposed=True,
+                )
+            )  # fmt: skip
+        return {s.name: s for s in specs}
+
+    def constants(self) -> dict[str, ArraySpec]:
+        """The arrays that exist once per teacher, by name."""
+
+        def spec(name: str, dtype: str, meaning: str) -> ArraySpec:
+            return ArraySpec(name=name, dtype=dtype, chunk=1 << 16, shard=_CONSTANT_SHARD, meaning=meaning)
+
+        return {
+            "vocabulary_order": spec("vocabulary_order", "uint32", "the token id of each rank"),
+            "logprob_levels": spec("logprob_levels", "float32", "nats, minus log-probability of each level"),
+            "mean_tail": spec("mean_tail", "float32", "probability, mean of the normalised tails over all positions"),
+        }
+
+    def constant_length(self, name: str) -> int:
+        """Number of elements of a constant."""
+        return self.num_levels if name == "logprob_levels" else self.vocab_size
+
+
+def commit_path(shard: int) -> str:
+    """Where a shard's commit record lies, relative to the group."""
+    return f"commits/{shard:08d}.json"
+
+
+def check_name(name: str) -> str:
+    """A teacher's name, if it can be a folder's name everywhere.
+
+    Raises:
+      ConfigError: it cannot.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or name.endswith((".tmp", ".lock")):
+        raise ConfigError(
+            f"teacher name: expected 1 to 100 letters, digits, '.', '_' or '-', starting with a letter or digit and "
+            f"not ending in .tmp or .lock; found {name!r}"
+        )
+    return name

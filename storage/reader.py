@@ -1,0 +1,274 @@
+"""Open a cache and read it: ``open_cache(path)`` gives the corpus and the teachers. NumPy in, NumPy out.
+
+Opening reads a few small records and lists nothing but the names of the teachers. A shard's commit record is read
+when the shard is first touched; its objects must have the sizes written there, and every chunk that is decoded
+must match its checksum. A damaged or missing object is an error that names the shard and the field; it is never
+read as zeros.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from tailcache.storage.arrays import open_array, read_slice
+from tailcache.storage.codec import Targets
+from tailcache.storage.corpus import Corpus, Rows
+from tailcache.storage.durable import sha256
+from tailcache.storage.errors import CorruptError, IncompleteError, MismatchError, NotFoundError
+from tailcache.storage.layout import Layout, check_name, commit_path
+from tailcache.storage.order import shuffled_windows
+from tailcache.storage.sealed import unseal
+from tailcache.storage.targets import load_codec
+
+__all__ = ["Cache", "Teacher", "open_cache"]
+
+_MAX_GAP_ROWS = 8  # rows read and dropped rather than starting another read
+
+
+def open_cache(path: str | Path) -> Cache:
+    """Open a cache for reading.
+
+    Args:
+      path: the cache's folder.
+
+    Raises:
+      NotFoundError: no cache there.
+      FormatError: another format, or a version this code does not know.
+      CorruptError: its manifest is damaged.
+    """
+    return Cache(path=Path(path), corpus=Corpus(Path(path) / "corpus"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cache:
+    """A corpus and the teachers that were run over it."""
+
+    path: Path
+    corpus: Corpus
+
+    @property
+    def teacher_names(self) -> list[str]:
+        """Names of all teachers, also those whose capture has not finished."""
+        folder = self.path / "teachers"
+        return sorted(p.name for p in folder.iterdir() if (p / "manifest.json").is_file()) if folder.is_dir() else []
+
+    def teacher(self, name: str) -> Teacher:
+        """Open one teacher.
+
+        Raises:
+          NotFoundError: no teacher of that name.
+          IncompleteError: its capture has not finished.
+          MismatchError: it was captured over another corpus.
+          CorruptError: a record is damaged.
+        """
+        return Teacher(self.corpus, name)
+
+
+class Teacher:
+    """The finished targets of one teacher."""
+
+    def __init__(self, corpus: Corpus, name: str) -> None:
+        self.name = check_name(name)
+        self.corpus = corpus
+        self.path = corpus.path.parent / "teachers" / name
+        if not (self.path / "manifest.json").is_file():
+            known = ", ".join(Cache(path=corpus.path.parent, corpus=corpus).teacher_names) or "none"
+            raise NotFoundError(f"{corpus.path.parent}: expected a teacher named {name!r}, found {known}")
+        data = (self.path / "manifest.json").read_bytes()
+        self.manifest = unseal(data, str(self.path / "manifest.json"))
+        self._manifest_seal = sha256(data)
+        if self.manifest["corpus_hash"] != corpus.hash:
+            raise MismatchError(
+                f"{self.path}: captured over the corpus {self.manifest['corpus_hash'][:12]}…, but the cache has "
+                f"{corpus.hash[:12]}…; put the teacher back beside its own corpus, or capture it again"
+            )
+        self.layout = Layout.from_attributes(self.manifest["layout"], str(self.path / "manifest.json"))
+        complete_path = self.path / "complete.json"
+        if not complete_path.is_file():
+            raise IncompleteError(
+                f"{self.path}: its capture has not finished; run the same `tailcache capture` again to continue it"
+            )
+        data = complete_path.read_bytes()
+        self.complete = unseal(data, str(complete_path))
+        self.hash = sha256(data)
+        if self.complete["manifest"] != self._manifest_seal:
+            raise CorruptError(f"{complete_path}: belongs to another manifest; restore both from one copy")
+        self.top_k, self.num_samples = self.layout.top_k, self.layout.num_samples
+        self.vocab_size, self.num_targets = self.layout.vocab_size, self.layout.num_positions
+        self._fields = self.layout.fields()
+        self._arrays: dict[str, zarr.Array[Any]] = {}
+        self._checked: set[int] = set()
+
+    # -- lazily read constants ---------------------------------------------------------------------------------
+
+    @cached_property
+    def _codec(self) -> Any:
+        for name in self._fields:
+            path = self.path / name / "zarr.json"
+            if not path.is_file() or sha256(path.read_bytes()) != self.manifest["files"].get(f"{name}/zarr.json"):
+                raise CorruptError(f"{path}: missing or not what was written; restore it from a copy")
+        return load_codec(self.path, self.layout, self.manifest["files"])
+
+    @cached_property
+    def mean_tail(self) -> NDArray[np.float32]:
+        """[V] float32, probability: the mean of the normalised tails over all positions; sums to 1.
+
+        All zeros where the tail is empty everywhere (K = V).
+        """
+        file = self.layout.constants()["mean_tail"].object_path(0)
+        path = self.path / file
+        if not path.is_file() or sha256(path.read_bytes()) != self.complete["files"].get(file):
+            raise CorruptError(f"{path}: missing or not what was written; restore it from a copy")
+        return read_slice(open_array(self.path / "mean_tail"), 0, self.vocab_size, lambda: f"{self.path}, mean_tail")
+
+    @cached_property
+    def _shard_starts(self) -> NDArray[np.int64]:
+        """[num_shards + 1] the first target position of each shard."""
+        parts, step = [], self.layout.rows_per_shard
+        for first, piece in zip(itertools.count(0, 1 << 20), self.corpus.stream("target_offsets"), strict=False):
+            parts.append(piece[(-first) % step :: step])
+        starts = np.concatenate(parts)[: self.layout.num_shards]
+        return np.append(starts, self.num_targets)
+
+    # -- reading -----------------------------------------------------------------------------------------------
+
+    def commit(self, shard: int) -> dict[str, Any]:
+        """The commit record of a shard, checked."""
+        path = self.path / commit_path(shard)
+        if not path.is_file():
+            raise CorruptError(f"{path}: missing, though the capture was complete; restore it from a copy")
+        record = unseal(path.read_bytes(), str(path))
+        if record["shard"] != shard or record["manifest"] != self._manifest_seal:
+            raise CorruptError(f"{path}: belongs to another shard or capture; restore the right one from a copy")
+        return record
+
+    def _touch(self, shard: int) -> None:
+        if shard in self._checked:
+            return
+        files = self.commit(shard)["files"]
+        for name, spec in self._fields.items():
+            file = spec.object_path(shard)
+            expected = files.get(file, {}).get("bytes")
+            path = self.path / file
+            found = path.stat().st_size if path.is_file() else None
+            if expected != found:
+                raise CorruptError(
+                    f"teacher {self.name!r}, shard {shard}, field {name}: expected {path} to have {expected} bytes, "
+                    f"found {'no file' if found is None else found}; restore it from a copy or capture again"
+                )
+        self._checked.add(shard)
+
+    def _slots(self, shard: int, first: int, last: int) -> Targets:
+        """Decode slots ``first`` to ``last`` (within the shard)."""
+        self._touch(shard)
+        codec = self._codec
+        base = shard * self.layout.shard_slots
+        stored = {}
+        for name in self._fields:
+            if name not in self._arrays:
+                self._arrays[name] = open_array(self.path / name)
+            stored[name] = read_slice(
+                self._arrays[name],
+                base + first,
+                base + last,
+                lambda name=name: f"teacher {self.name!r}, shard {shard}, field {name}",  # type: ignore[misc]
+            )
+        targets: Targets = codec.decode(stored, f"teacher {self.name!r}, shard {shard}")
+        return targets
+
+    def rows(self, first: int, last: int) -> Targets:
+        """The targets of all target positions of rows ``first`` to ``last`` (half-open), in order.
+
+        Raises:
+          NotFoundError: outside the corpus.
+          CorruptError: stored bytes are missing or damaged (names the shard and the field).
+        """
+        offsets = self.corpus.target_offsets(first, last)
+        per_shard = self.layout.rows_per_shard
+        parts = []
+        for shard in range(first // per_shard, -(-last // per_shard)):
+            shard_first, shard_last = self.layout.shard_rows(shard)
+            a, b = max(first, shard_first), min(last, shard_last)
+            start = int(self.corpus.read("target_offsets", shard_first, shard_first + 1)[0])
+            parts.append(self._slots(shard, int(offsets[a - first]) - start, int(offsets[b - first]) - start))
+        return Targets.concatenate(parts) if parts else self._slots(0, 0, 0)
+
+    def row(self, row: int) -> Targets:
+        """The targets of one row."""
+        return self.rows(row, row + 1)
+
+    def positions(self, indices: NDArray[np.integer]) -> Targets:
+        """The targets of any target positions, in the order asked for.
+
+        Args:
+          indices: [n] target positions, counted over the whole corpus from 0; repeats are fine.
+
+        Raises:
+          NotFoundError: an index is out of range.
+          CorruptError: as for ``rows``.
+        """
+        wanted = np.asarray(indices, dtype=np.int64)
+        if wanted.size == 0:
+            return self._slots(0, 0, 0)
+        if wanted.min() < 0 or wanted.max() >= self.num_targets:
+            raise NotFoundError(
+                f"teacher {self.name!r}: expected target positions within [0, {self.num_targets}), found "
+                f"{wanted.min()} to {wanted.max()}"
+            )
+        starts = self._shard_starts
+        shards = np.searchsorted(starts, wanted, side="right") - 1
+        slots = wanted - starts[shards]
+        groups = shards * (self.layout.shard_slots // self.layout.chunk) + slots // self.layout.chunk
+        order = np.argsort(groups, kind="stable")
+        parts = []
+        for run in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
+            shard, first = int(shards[run[0]]), int(slots[run].min())
+            parts.append(self._slots(shard, first, int(slots[run].max()) + 1)[slots[run] - first])
+        inverse = np.empty_like(order)
+        inverse[order] = np.arange(len(order))
+        return Targets.concatenate(parts)[inverse]
+
+    def stream(
+        self, *, seed: int, epoch: int = 0, rows: NDArray[np.int64] | None = None, window_blocks: int = 8
+    ) -> Iterator[tuple[Rows, Targets]]:
+        """Visit rows once each, in a shuffled order that the seed and the epoch determine.
+
+        Args:
+          seed: decides the order.
+          epoch: another epoch, another order.
+          rows: which rows; all of them by default.
+          window_blocks: blocks of about two chunks that are held decoded and mixed; more mix better and take
+            more memory (about 10 MB each at K = 64 and 16 samples).
+
+        Yields:
+          One row at a time: the row, and the targets of its target positions.
+        """
+        chosen = np.arange(self.corpus.num_rows) if rows is None else np.unique(np.asarray(rows, dtype=np.int64))
+        for window, permutation in shuffled_windows(
+            chosen, seed=seed, epoch=epoch, block_rows=self.block_rows, window_blocks=window_blocks
+        ):
+            held = list(itertools.chain.from_iterable(self._read_block(block) for block in window))
+            for i in permutation:
+                yield held[i]
+
+    @property
+    def block_rows(self) -> int:
+        """Rows that are worth reading together: about two inner chunks of targets."""
+        return max(1, round(2 * self.layout.chunk * self.layout.num_rows / self.num_targets))
+
+    def _read_block(self, block: NDArray[np.int64]) -> Iterator[tuple[Rows, Targets]]:
+        for run in np.split(block, np.flatnonzero(np.diff(block) > _MAX_GAP_ROWS) + 1):
+            first, last = int(run[0]), int(run[-1]) + 1
+            rows, targets = self.corpus.rows(first, last), self.rows(first, last)
+            offsets = self.corpus.target_offsets(first, last)
+            offsets = offsets - offsets[0]
+            for row in run - first:
+                yield rows.slice(row, row + 1), targets[offsets[row] : offsets[row + 1]]
