@@ -45,14 +45,10 @@ def library_files(folder: Path | None = None) -> list[tuple[str, Path]]:
     found = []
     for path in root.rglob("*.py"):
         relative = path.relative_to(root)
-        if not EXCLUDED_FOLDERS.intersection(relative.parts[:-1]) and not relative.name.startswith(
-            "_sysconfigdata"
-        ):
+        if not EXCLUDED_FOLDERS.intersection(relative.parts[:-1]) and not relative.name.startswith("_sysconfigdata"):
             found.append((relative.as_posix(), path))
     if not found:
-        raise DataError(
-            f"python-docstrings: expected Python's standard library in {root}, found no .py files there"
-        )
+        raise DataError(f"python-docstrings: expected Python's standard library in {root}, found no .py files there")
     return sorted(found)
 
 

@@ -73,9 +73,7 @@ def file_columns(path: Path) -> list[str]:
     if format_ == "json":
         return list(next(read_file(path), {}))
     with _explained(path), ExitStack() as stack:
-        schema = (
-            _open_parquet(path, stack).schema_arrow if format_ == "parquet" else _open_arrow(path, stack)[0]
-        )
+        schema = _open_parquet(path, stack).schema_arrow if format_ == "parquet" else _open_arrow(path, stack)[0]
         return [str(name) for name in schema.names]
 
 

@@ -44,9 +44,7 @@ def decode_json(chunks: Iterable[str]) -> Iterator[dict[str, Any]]:
                 return
             elif in_array and after_value:
                 if text[at] != ",":
-                    raise DataError(
-                        f"record {num_records}: expected a comma or ], found {text[at : at + 40]!r}"
-                    )
+                    raise DataError(f"record {num_records}: expected a comma or ], found {text[at : at + 40]!r}")
                 at, after_value = at + 1, False
             else:
                 try:
@@ -54,9 +52,7 @@ def decode_json(chunks: Iterable[str]) -> Iterator[dict[str, Any]]:
                 except json.JSONDecodeError as error:
                     if ended or not _may_be_incomplete(error, len(text)):
                         found = text[max(at, error.pos - 20) : error.pos + 20]
-                        raise DataError(
-                            f"record {num_records}: not JSON: {error.msg}, at {found!r}"
-                        ) from error
+                        raise DataError(f"record {num_records}: not JSON: {error.msg}, at {found!r}") from error
                     needed = 2 * (len(text) - at)
                     break
                 if not isinstance(value, dict):
@@ -94,6 +90,4 @@ def _may_be_incomplete(error: json.JSONDecodeError, length: int) -> bool:
 def _expect_nothing(rest: str, source: Iterator[str], num_records: int) -> None:
     for piece in (rest, *source):
         if piece.strip():
-            raise DataError(
-                f"record {num_records}: expected the end after the array, found {piece.strip()[:40]!r}"
-            )
+            raise DataError(f"record {num_records}: expected the end after the array, found {piece.strip()[:40]!r}")

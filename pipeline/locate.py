@@ -67,9 +67,7 @@ def _relative_names(paths: Sequence[Path]) -> list[str]:
 def _open_files(files: list[tuple[str, Path]], config: PrepareConfig, what: str) -> FileSource:
     unknown = [name for name, path in files if file_format(path) is None]
     if unknown:
-        raise ConfigError(
-            f"source {what}: cannot read {', '.join(unknown[:5])}; expected {supported_suffixes()}"
-        )
+        raise ConfigError(f"source {what}: cannot read {', '.join(unknown[:5])}; expected {supported_suffixes()}")
     if config.split not in (None, "train"):
         raise ConfigError(f"source {what}: a file has no splits, found --split {config.split}; drop it")
     return FileSource(files, None, config.text_files)
@@ -78,9 +76,7 @@ def _open_files(files: list[tuple[str, Path]], config: PrepareConfig, what: str)
 def _open_folder(folder: Path, config: PrepareConfig) -> FileSource:
     """A folder of data files, or one that `datasets` wrote with ``save_to_disk``."""
     if (folder / "dataset_dict.json").is_file():
-        splits = list(
-            json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8")).get("splits", [])
-        )
+        splits = list(json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8")).get("splits", []))
         split, notes = _choose_split(splits, config, str(folder))
         return FileSource(_saved_files(folder / split), split, config.text_files, notes)
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
@@ -116,9 +112,7 @@ def _saved_files(folder: Path) -> list[tuple[str, Path]]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder}: not a complete dataset folder: state.json: {error}") from error
     if state.get("_indices_data_files"):
-        raise DataError(
-            f"{folder}: saved with a selection by an old version of datasets; save it again with a new one"
-        )
+        raise DataError(f"{folder}: saved with a selection by an old version of datasets; save it again with a new one")
     return [(name, folder / name) for name in names]
 
 
@@ -138,9 +132,7 @@ def _choose_split(splits: Sequence[str], config: PrepareConfig, what: str) -> tu
     if wanted is None:
         wanted = "train" if "train" in splits else splits[0] if len(splits) == 1 else None
     if wanted is None:
-        raise ConfigError(
-            f"source {what}: expected a choice of split; name one of {', '.join(splits)} with --split"
-        )
+        raise ConfigError(f"source {what}: expected a choice of split; name one of {', '.join(splits)} with --split")
     if wanted not in splits:
         near = difflib.get_close_matches(wanted, splits, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -159,15 +151,11 @@ def _open_hub(config: PrepareConfig) -> HubSource:
     from huggingface_hub import HfApi
 
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.source):
-        raise NotFoundError(
-            f"source {config.source}: neither a file or folder nor a possible name on the hub"
-        )
+        raise NotFoundError(f"source {config.source}: neither a file or folder nor a possible name on the hub")
     try:
         commit = str(HfApi().dataset_info(config.source, revision=config.revision).sha)
         splits = datasets.get_dataset_split_names(config.source, config.subset, revision=commit)
-    except (
-        Exception
-    ) as error:  # no network, no such dataset, no access, a missing subset: all say so themselves
+    except Exception as error:  # no network, no such dataset, no access, a missing subset: all say so themselves
         raise NotFoundError(
             f"source {config.source}: neither a local file or folder, nor to be had from the hub: "
             f"{type(error).__name__}: {error}"

@@ -1,14 +1,14 @@
 """Where records come from: local files, a dataset on the hub, or the docstrings of the standard library.
 
 A source yields its records in one fixed order (files sorted by name), a few at a time however large it is,
-and can say afterwards what it read, by content and without absolute paths: names, sizes and sha256 of files, or
-the commit of a hub dataset. The same files in another folder or on another machine are the same source.
+and can say afterwards what it read, by content and without absolute paths: names, sizes and sha256 of files,
+or the commit of a hub dataset. The same files in another folder or on another machine are the same source.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -39,7 +39,7 @@ class Source(Protocol):
         """The columns of the first records."""
         ...
 
-    def records(self, columns: Sequence[str] | None) -> Iterator[Record]:
+    def records(self, columns: Sequence[str] | None) -> Generator[Record, None, None]:
         """The records in order; formats that can skip columns read only those named."""
         ...
 
@@ -72,7 +72,7 @@ class FileSource:
         """The columns of the first file that has any."""
         return next((columns for _, path in self.files if (columns := file_columns(path))), [])
 
-    def records(self, columns: Sequence[str] | None) -> Iterator[Record]:
+    def records(self, columns: Sequence[str] | None) -> Generator[Record, None, None]:
         """The records of all files in order."""
         self.num_opened = 0
         for name, path in self.files:
@@ -106,7 +106,7 @@ class DocstringSource:
         """The one column, text."""
         return ["text"]
 
-    def records(self, columns: Sequence[str] | None) -> Iterator[Record]:
+    def records(self, columns: Sequence[str] | None) -> Generator[Record, None, None]:
         """One record per docstring."""
         for where, text in docstrings():
             yield Record(where, {"text": text})
@@ -135,20 +135,16 @@ class HubSource:
         import datasets
 
         try:
-            return datasets.load_dataset(
-                self.name, self.subset, split=self.split, revision=self.commit, streaming=True
-            )
+            return datasets.load_dataset(self.name, self.subset, split=self.split, revision=self.commit, streaming=True)
         except Exception as error:  # the library raises whatever the hub or a format made it raise
-            raise ConfigError(
-                f"source {self.name}: cannot be opened: {type(error).__name__}: {error}"
-            ) from error
+            raise ConfigError(f"source {self.name}: cannot be opened: {type(error).__name__}: {error}") from error
 
     def columns(self) -> list[str]:
         """The declared columns, or those of the first record."""
         opened = self._open()
         return list(opened.column_names or next(iter(opened), {}))
 
-    def records(self, columns: Sequence[str] | None) -> Iterator[Record]:
+    def records(self, columns: Sequence[str] | None) -> Generator[Record, None, None]:
         """The records as the hub orders them."""
         opened = self._open()
         if columns is not None and opened.column_names:

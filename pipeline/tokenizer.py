@@ -62,9 +62,7 @@ class LoadedTokenizer:
     files: dict[str, bytes]
 
 
-def load_tokenizer(
-    name: str, *, revision: str | None = None, chat_template: Path | None = None
-) -> LoadedTokenizer:
+def load_tokenizer(name: str, *, revision: str | None = None, chat_template: Path | None = None) -> LoadedTokenizer:
     """Load a tokenizer from a folder, the hub or a GGUF file.
 
     Args:
@@ -109,9 +107,7 @@ def load_tokenizer(
             f"tokenizer {name}: it drops merges at random (dropout {dropout}), so the same text would not "
             "give the same tokens; set dropout to null in its tokenizer.json"
         )
-    return LoadedTokenizer(
-        tokenizer, real_vocab_size(tokenizer), fingerprint(tokenizer), tokenizer_files(tokenizer)
-    )
+    return LoadedTokenizer(tokenizer, real_vocab_size(tokenizer), fingerprint(tokenizer), tokenizer_files(tokenizer))
 
 
 def real_vocab_size(tokenizer: Any) -> int:
@@ -125,9 +121,7 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
         tokenizer.save_pretrained(folder)
         root = Path(folder)
         files = {
-            path.relative_to(root).as_posix(): path.read_bytes()
-            for path in sorted(root.rglob("*"))
-            if path.is_file()
+            path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()
         }
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if name in files:
