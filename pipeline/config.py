@@ -112,8 +112,7 @@ class PrepareConfig:
         """
         if self.context_length < 2:
             raise ConfigError(
-                "--context-length: expected at least 2 (a position and its next token), "
-                f"found {self.context_length}"
+                f"--context-length: expected at least 2 (a position and its next token), found {self.context_length}"
             )
         if not 0 <= self.held_out < 1:
             raise ConfigError(f"--held-out: expected a share from 0 to below 1, found {self.held_out}")
