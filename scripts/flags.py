@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import itertools
 import sys
 import textwrap
 import typing
@@ -38,7 +39,8 @@ def parse_flags(
     _flow_help(config_class)
     settings: dict[str, Any] = {} if default is None else {"default": default}
     try:
-        return tyro.cli(config_class, args=list(flags), prog=prog, description=description, **settings)
+        parsed: Config = tyro.cli(config_class, args=list(flags), prog=prog, description=description, **settings)
+        return parsed
     except SystemExit as stop:
         if stop.code:
             known = list(flag_names(config_class))
@@ -82,7 +84,7 @@ def _field_docstrings(config_class: type) -> Iterator[tuple[str, str]]:
         return
     [definition] = ast.parse(source).body
     body = definition.body if isinstance(definition, ast.ClassDef) else []
-    for field, below in zip(body, body[1:], strict=False):
+    for field, below in itertools.pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
             text = below.value.value if isinstance(below.value, ast.Constant) else None
             if isinstance(text, str):
