@@ -12,7 +12,7 @@ from typing import Literal
 
 from tailcache.storage.errors import ConfigError
 
-__all__ = ["PrepareConfig"]
+__all__ = ["CaptureConfig", "PrepareConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,3 +133,79 @@ class PrepareConfig:
             raise ConfigError(f"expected one of the columns to be chosen, found {' and '.join(columns)}")
         if self.separator is not None and self.eos == "never":
             raise ConfigError("--separator and --eos never contradict each other: drop one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureConfig:
+    """Run a teacher once over the corpus and store what matters of its next-token distributions.
+
+    Runs for as long as the teacher needs, and can be killed at any time: the same command continues where the last
+    committed shard ended, and the finished cache has the same bytes as if it had never been interrupted.
+    """
+
+    cache: Path
+    """Folder of the cache; it must have a corpus (`tailcache prepare`)."""
+
+    teacher: str
+    """Any causal language model of `transformers`: a folder, a hub id, or the path of a GGUF file."""
+
+    name: str
+    """What to call this teacher: its targets are written to CACHE/teachers/NAME."""
+
+    top_k: int = 64
+    """K, the most likely tokens kept at each position; students may train on any K' <= K."""
+
+    num_samples: int = 16
+    """Draws from the rest of the vocabulary kept at each position; they make the tail's gradient unbiased.
+    0 where K is the whole vocabulary."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the model; auto is the checkpoint's own, and bfloat16 for GGUF. Logits are always float32."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto is the GPU where there is one."""
+
+    attn_implementation: str | None = None
+    """Attention that `transformers` should use: eager, sdpa, flash_attention_2, …; its own choice by default."""
+
+    batch_positions: int = 4096
+    """Positions the model computes at a time, padding included. More is faster until memory is full."""
+
+    head_positions: int | None = None
+    """Positions whose logits over the whole vocabulary exist at a time; by default 256 on a CPU, and on a GPU as
+    many as make 1 GiB."""
+
+    shard_positions: int = 131072
+    """Target positions of a shard, on average: the unit of work, of commit and of repair."""
+
+    chunk_positions: int = 8192
+    """Target positions of a chunk within a shard: the unit of random access."""
+
+    compression_level: int = 9
+    """Of the compressor, 1 (fast) to 9 (small)."""
+
+    revision: str | None = None
+    """Revision of a hub model."""
+
+    trust_remote_code: bool = False
+    """Run model code that comes with a hub model."""
+
+    sample_seed: int = 0
+    """Another seed gives independent draws of the tail."""
+
+    weight_bits: int | None = None
+    """Round the teacher's linear weights to so many bits first: what would quantising this teacher cost?"""
+
+    weight_group: int = 32
+    """Neighbouring weights that share one rounding range, with --weight-bits."""
+
+    threads: int | None = None
+    """CPU threads of the model; by default what torch chooses."""
+
+    def __post_init__(self) -> None:
+        smallest = {"top_k": 1, "num_samples": 0, "batch_positions": 1, "shard_positions": 1, "chunk_positions": 1}
+        for field, least in smallest.items():
+            if getattr(self, field) < least:
+                raise ConfigError(f"{field}: expected at least {least}, found {getattr(self, field)}")
+        if not 1 <= self.compression_level <= 9:
+            raise ConfigError(f"compression_level: expected 1 to 9, found {self.compression_level}")
