@@ -112,7 +112,8 @@ def cached(
 
 def _mapped(teacher: TeacherTerms, change: Callable[[Tensor], Tensor]) -> TeacherTerms:
     fields: dict[str, Any] = {name: getattr(teacher, name) for name in TeacherTerms.__dataclass_fields__}
-    return replace(teacher, **{k: change(v) for k, v in fields.items() if isinstance(v, Tensor)})
+    changed: dict[str, Any] = {k: change(v) for k, v in fields.items() if isinstance(v, Tensor)}
+    return replace(teacher, **changed)
 
 
 def cast(teacher: TeacherTerms, dtype: torch.dtype) -> TeacherTerms:

@@ -55,9 +55,7 @@ def log_teacher_tail(teacher: TeacherTerms, top_k: int) -> Tensor:
       ConfigError: K' is not in 1..K.
     """
     check_split(top_k, teacher.top_k)
-    return torch.logsumexp(
-        torch.cat([teacher.logprobs[:, top_k:], teacher.log_tail[:, None]], dim=-1), dim=-1
-    )
+    return torch.logsumexp(torch.cat([teacher.logprobs[:, top_k:], teacher.log_tail[:, None]], dim=-1), dim=-1)
 
 
 def log_student_tail(student: StudentTerms, top_k: int) -> Tensor:
@@ -73,14 +71,10 @@ def log_student_tail(student: StudentTerms, top_k: int) -> Tensor:
         )
     if top_k == student.logprobs.shape[-1]:
         return student.log_beyond
-    return torch.logsumexp(
-        torch.cat([student.logprobs[:, top_k:], student.log_beyond[:, None]], dim=-1), dim=-1
-    )
+    return torch.logsumexp(torch.cat([student.logprobs[:, top_k:], student.log_beyond[:, None]], dim=-1), dim=-1)
 
 
-def log_adaptive_beta(
-    log_alpha_T: Tensor, segments_T: Tensor, *, beta: float, min_mean_alpha: float = 0.0
-) -> Tensor:
+def log_adaptive_beta(log_alpha_T: Tensor, segments_T: Tensor, *, beta: float, min_mean_alpha: float = 0.0) -> Tensor:
     """Log beta(X) of each position's segment: log beta - log max(mean of alpha, min_mean_alpha).
 
     A segment whose mean alpha is tiny makes beta(X) explode (at 4.9e-4 its gradient is 11 times that of KL,
@@ -155,9 +149,7 @@ def weighted_tad(
     kl1_T = weighted(head_p, head_p - head_q).sum(-1) + weighted(log_alpha_T, log_ratio_T)
 
     stored_p, stored_q = teacher.logprobs[:, top_k:], student.logprobs[:, top_k:]
-    kl2_stored_T = weighted(
-        stored_p - log_alpha_safe_T[:, None], stored_p - stored_q - log_ratio_T[:, None]
-    ).sum(-1)
+    kl2_stored_T = weighted(stored_p - log_alpha_safe_T[:, None], stored_p - stored_q - log_ratio_T[:, None]).sum(-1)
     kl2_beyond_T = weighted(teacher.log_tail - log_alpha_safe_T, tail(teacher, student) - log_ratio_T)
     return kl1_T + weighted(log_beta_T + log_alpha_T, kl2_stored_T + kl2_beyond_T)
 

@@ -1,0 +1,379 @@
+"""Train a student from cached targets: a ``transformers.Trainer`` whose loss, data and evaluation come from the cache.
+
+The loss of an optimizer step is
+
+    sum over its target positions of (clm_weight * CLM + divergence_weight * DIV) / number of those positions,
+
+the sum and the number taken over all micro-batches and all devices. How rows are cut into micro-batches,
+how much padding they carry and which device sees them therefore leaves no trace in it. beta(X) is a
+property of a document's part within a row, and rows are never split, so TAD has no trace of it either.
+
+`evaluate` measures held-out rows (see ``metrics``) instead of the loss. Both are logged against
+``positions_seen``, the target positions trained on so far, which is what students of different losses and
+batch sizes have in common.
+
+Legend: B lines, L their length, T target positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tailcache.storage.errors import ConfigError
+from tailcache.trainers.batches import CacheRows, Layout, ShuffledRows, collate, teacher_terms
+from tailcache.trainers.forward import check_documents_kept_apart, default_layout, target_logits
+from tailcache.trainers.metrics import HeldOutSums, kl_kind, position_metrics
+from tailcache.trainers.objective import Objective
+from tailcache.trainers.progress import Reporter
+from tailcache.trainers.records import write_record
+from tailcache.trainers.terms import student_terms
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import IntervalStrategy
+
+if TYPE_CHECKING:
+    from tailcache.storage.reader import Teacher
+    from tailcache.trainers.config import TrainConfig
+
+__all__ = ["DistillTrainer", "training_arguments"]
+
+PROBE_ROWS = 64
+
+
+class DistillTrainer(Trainer):
+    """A ``Trainer`` over one teacher of a cache.
+
+    Everything ``Trainer`` can do (accumulation, mixed precision, DDP and FSDP, schedules, checkpoints) it
+    does.
+    """
+
+    # What compute_loss returns is already a share of the whole accumulated batch.
+    loss_is_scaled_for_ga = True
+
+    objective: Objective
+    teacher: Teacher
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        *,
+        teacher: Teacher,
+        objective: Objective,
+        layout: Layout | None = None,
+        train_rows: NDArray[np.int64] | None = None,
+        held_out_rows: NDArray[np.int64] | None = None,
+        record: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Set up training; nothing is trained yet.
+
+        Args:
+          model: the student, checked against the corpus (see ``student.build_student``).
+          args: see ``training_arguments``.
+          teacher: an open teacher of a cache.
+          objective: the loss.
+          layout: how rows become lines; by default what the model's attention needs.
+          train_rows: corpus rows to train on, ascending; by default all that are not held out.
+          held_out_rows: corpus rows to evaluate on; by default all that are held out.
+          record: what to write to tailcache.json beside the weights, apart from steps and positions.
+          **kwargs: further arguments of ``Trainer``.
+
+        Raises:
+          ConfigError: the objective cannot be had from this teacher, or there is nothing to train on.
+          StudentError: the student lets packed documents see one another.
+        """
+        if args.n_gpu > 1:
+            raise ConfigError(
+                f"device: {args.n_gpu} GPUs are visible to one process; start one process per GPU with "
+                f"`torchrun --nproc-per-node {args.n_gpu} -m tailcache.scripts.cli train ...`, or choose one GPU with "
+                "CUDA_VISIBLE_DEVICES=0"
+            )
+        objective.check(teacher)
+        self.teacher = teacher
+        self.objective = objective
+        self.layout: Layout = layout or default_layout(model)
+        self.record = record or {}
+        self.positions_seen = 0
+        corpus = teacher.corpus
+        rows = corpus.train_rows() if train_rows is None else np.sort(train_rows)
+        held_out = corpus.held_out_rows() if held_out_rows is None else np.sort(held_out_rows)
+        if len(rows) == 0:
+            raise ConfigError(f"cache: {corpus.path.parent} has no row to train on; all {len(held_out)} are held out")
+        train_dataset = CacheRows(teacher, rows)
+        self.sampler = ShuffledRows(train_dataset, seed=args.seed)
+        self.held_out = CacheRows(teacher, held_out, kept_blocks=2)
+        if len(held_out) == 0:
+            args.eval_strategy = IntervalStrategy.NO
+        use_cache = getattr(model.config, "use_cache", True)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=kwargs.pop("data_collator", partial(collate, layout=self.layout)),
+            train_dataset=train_dataset,
+            eval_dataset=self.held_out,
+            **kwargs,
+        )
+        model.config.use_cache = use_cache  # Trainer turns it off for good, and into the checkpoint
+        self.model_accepts_loss_kwargs = True  # older releases ask this instead of loss_is_scaled_for_ga
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        self.reporter = Reporter(self)
+        self.add_callback(self.reporter)
+        self._parts = torch.zeros(2, device=args.device)
+        self._step_positions = 0
+        self._prior = (
+            torch.from_numpy(np.asarray(teacher.mean_tail, dtype=np.float32)).to(args.device)
+            if objective.wants_prior
+            else None
+        )
+        check_documents_kept_apart(model, self._probe_rows(rows), self.layout)
+
+    def _probe_rows(self, rows: NDArray[np.int64]) -> list[Any]:
+        """The first rows of the corpus, up to one that packs several documents."""
+        found: list[Any] = []
+        for index in range(min(len(rows), PROBE_ROWS)):
+            block = self.teacher.corpus.rows(int(rows[index]), int(rows[index]) + 1)
+            found.append(block)
+            if block.document_start[1:].any():
+                break
+        return found
+
+    # ---- data ----
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Rows in the order of ``storage.order``; the epoch is set by the reporter, also after a resume."""
+        loader: DataLoader[Any] = DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_size=self._train_batch_size,
+            sampler=self.sampler,
+            collate_fn=self.data_collator,
+            drop_last=self.args.dataloader_drop_last,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """The micro-batches of one optimizer step, and how many target positions they have over all devices."""
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = torch.tensor(sum(len(batch["labels"]) for batch in samples), device=device)
+        if self.args.world_size > 1:
+            count = self.accelerator.gather(count[None]).sum()
+        self._step_positions = int(count)
+        return samples, count
+
+    # ---- loss ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The share of one micro-batch in the loss of its optimizer step.
+
+        Args:
+          model: the student, wrapped or not.
+          inputs: a batch of ``batches.collate``.
+          return_outputs: also return {"logits": [T, W]}.
+          num_items_in_batch: target positions of the whole step over all devices; by default the batch's own.
+
+        Returns:
+          A scalar, nats: the weighted sum over the micro-batch divided by that number, times the number of
+          devices (whose gradients are averaged afterwards).
+        """
+        logits_TW = self.target_logits(model, inputs)
+        teacher = teacher_terms(inputs["teacher"], self.teacher.vocab_size)
+        student = student_terms(
+            logits_TW,
+            teacher,
+            inputs["labels"],
+            want_beyond=self.objective.wants_beyond,
+            prior_V=self._prior,
+        )
+        clm_T, divergence_T = self.objective.parts(teacher, student, inputs["segments"])
+        count = torch.as_tensor(
+            len(inputs["labels"]) if num_items_in_batch is None else num_items_in_batch, device=logits_TW.device
+        )
+        scale = self.accelerator.num_processes / count.clamp_min(1)
+        clm = clm_T.sum() * scale
+        divergence = None if divergence_T is None else divergence_T.sum() * scale
+        if model.training:
+            parts = (clm, torch.zeros_like(clm) if divergence is None else divergence)
+            self._parts += torch.stack([part.detach() for part in parts])
+        loss = self.objective.total(clm, divergence)
+        return (loss, {"logits": logits_TW}) if return_outputs else loss
+
+    def target_logits(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """[T, W] float32 logits of a batch's target positions."""
+        return target_logits(
+            model,
+            inputs["input_ids"],
+            inputs["position_ids"],
+            inputs["target_index"],
+            unwrapped=self.accelerator.unwrap_model(model, keep_fp32_wrapper=True),
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the parts of the loss and ``positions_seen`` to what ``Trainer`` logs."""
+        if "loss" in logs:
+            parts = self._parts
+            if self.args.world_size > 1:
+                parts = self.accelerator.gather(parts[None]).mean(0)
+            steps = max(self.state.global_step - self.reporter.last_logged_step, 1)
+            logs["clm"] = parts[0].item() / steps
+            if self.objective.loss != "clm":
+                logs["divergence"] = parts[1].item() / steps
+            self._parts.zero_()
+            logs["positions_seen"] = self.positions_seen
+        super().log(logs, start_time)
+
+    # ---- evaluation ----
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Measure held-out rows against the text and the teacher (see ``metrics``).
+
+        Args:
+          eval_dataset: a ``CacheRows``; by default the held-out rows.
+          ignore_keys: unused; part of ``Trainer``'s interface.
+          metric_key_prefix: put before each name.
+
+        Returns:
+          PREFIX_cross_entropy, PREFIX_kl, PREFIX_top1_agreement, PREFIX_teacher_cross_entropy,
+          PREFIX_positions and PREFIX_positions_seen.
+        """
+        dataset = self.held_out if eval_dataset is None else eval_dataset
+        if not isinstance(dataset, CacheRows):
+            raise ConfigError(f"evaluate: expected rows of a cache (CacheRows), found {type(dataset).__name__}")
+        means = self.held_out_metrics(dataset)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        metrics[f"{metric_key_prefix}_positions_seen"] = self.positions_seen
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def held_out_metrics(self, dataset: CacheRows) -> dict[str, float]:
+        """Means over the target positions of some rows, each row counted once whatever the number of devices."""
+        model: Any = self.model
+        was_training: bool = model.training
+        model.eval()
+        sums = HeldOutSums.empty()
+        world, rank, size = self.args.world_size, self.args.process_index, self.args.per_device_eval_batch_size
+        # Every process makes the same number of forwards (FSDP needs it); rows beyond the end repeat and do not count.
+        steps = range(0, -(-len(dataset) // world), size)
+        bar = tqdm(steps, desc="held-out", leave=False, disable=self.args.disable_tqdm or rank != 0)
+        for start in bar:
+            indices = [i * world + rank for i in range(start, min(start + size, -(-len(dataset) // world)))]
+            counted = [i for i in indices if i < len(dataset)]
+            rows: list[Any] = [dataset[i] for i in counted or [0]]
+            batch: dict[str, Any] = self._prepare_inputs(self.data_collator(rows))
+            with self.accelerator.autocast():
+                logits_TW = self.target_logits(model, batch)
+            if counted:
+                teacher = teacher_terms(batch["teacher"], self.teacher.vocab_size)
+                sums.add(position_metrics(logits_TW, teacher, batch["labels"]))
+        model.train(was_training)
+        if world > 1:
+            # float32 would lose positions; MPS and some backends have no float64, NCCL and gloo do.
+            packed = torch.cat([sums.sums, torch.tensor([sums.num_positions], dtype=torch.float64)])
+            packed = self.accelerator.gather(packed[None].to(self.args.device)).sum(0).cpu()
+            sums = HeldOutSums(packed[:-1], int(packed[-1]))
+        return sums.means()
+
+    @property
+    def kl_is(self) -> str:
+        """What the held-out KL is: exact, unbiased or a lower bound."""
+        t = self.teacher
+        return kl_kind(top_k=t.top_k, vocab_size=t.vocab_size, num_samples=t.num_samples)
+
+    # ---- saving ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save a plain transformers checkpoint with the corpus' own tokenizer files beside it."""
+        super().save_model(output_dir, _internal_call=_internal_call)
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir or ".")
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; tailcache.json says it in the open
+        for file in sorted(self.teacher.corpus.tokenizer_dir.iterdir()):
+            shutil.copyfile(file, folder / file.name)
+        if not _internal_call:
+            self.write_record(folder)
+
+    def write_record(self, folder: Path) -> None:
+        """Write tailcache.json: in a checkpoint it comes last and says that the checkpoint is whole."""
+        write_record(
+            folder,
+            {
+                **self.record,
+                "corpus_hash": self.teacher.corpus.hash,
+                "teacher": self.teacher.name,
+                "teacher_hash": self.teacher.hash,
+                "step": self.state.global_step,
+                "positions_seen": self.positions_seen,
+            },
+        )
+
+    def count_step(self) -> None:
+        """Called after every optimizer step: its positions have been seen."""
+        self.positions_seen += self._step_positions
+
+
+def training_arguments(config: TrainConfig) -> TrainingArguments:
+    """``Trainer``'s arguments for these settings.
+
+    Raises:
+      ConfigError: a GPU is asked for and there is none.
+    """
+    cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not cuda:
+        raise ConfigError("device: expected a CUDA GPU, found none; use --device cpu or auto")
+    schedule = {"constant": "constant_with_warmup"}.get(config.schedule, config.schedule)
+    return TrainingArguments(
+        output_dir=str(config.out),
+        per_device_train_batch_size=config.batch_rows,
+        per_device_eval_batch_size=config.batch_rows,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=schedule,
+        warmup_steps=config.warmup,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        bf16=config.precision == "bf16",
+        use_cpu=config.device == "cpu" or not cuda,
+        eval_strategy="steps" if config.eval_every else "no",
+        eval_steps=config.eval_every or None,
+        save_strategy="steps" if config.save_every else "no",
+        save_steps=config.save_every or 500,
+        save_total_limit=config.keep_checkpoints,
+        logging_strategy="steps",
+        logging_steps=config.log_every,
+        log_level="error",
+        log_level_replica="error",
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=cuda and config.device != "cpu",
+    )

@@ -1,0 +1,127 @@
+"""What a run shows and writes while it goes: one bar, one line per evaluation, two files of curves.
+
+It also keeps the trainer's book: which epoch the sampler is in, how many positions have been seen, and the
+record that completes a checkpoint.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tailcache.trainers.records import JsonLines
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+if TYPE_CHECKING:
+    from tailcache.trainers.distill import DistillTrainer
+
+__all__ = ["Reporter", "evaluation_line"]
+
+
+def evaluation_line(step: int, metrics: dict[str, Any], kl_is: str) -> str:
+    """One evaluation for a reader, e.g. `step 200: held-out cross-entropy 4.512 (teacher 2.981), KL 1.730, ...`."""
+    note = " (lower bound)" if kl_is == "lower bound" else ""
+    return (
+        f"step {step}, {metrics['eval_positions_seen']:,} positions seen: "
+        f"held-out cross-entropy {metrics['eval_cross_entropy']:.4f} nats "
+        f"(teacher {metrics['eval_teacher_cross_entropy']:.4f}), KL {metrics['eval_kl']:.4f}{note}, "
+        f"top-1 agreement {metrics['eval_top1_agreement']:.1%}"
+    )
+
+
+class Reporter(TrainerCallback):
+    """Progress, curves and records of one ``DistillTrainer``."""
+
+    def __init__(self, trainer: DistillTrainer) -> None:
+        out = Path(trainer.args.output_dir or ".")
+        self.trainer = trainer
+        self.evaluations = JsonLines(out / "metrics.jsonl")
+        self.training = JsonLines(out / "training.jsonl")
+        self.last_logged_step = 0
+        self.last_evaluated_step: int | None = None
+        self._bar: Any = None
+
+    def continue_from(self, step: int, *, fresh: bool) -> None:
+        """Forget what a killed run wrote after this step; all of it, for a fresh start."""
+        self.last_logged_step = step
+        if self.trainer.is_world_process_zero():
+            self.evaluations.keep_until(-1 if fresh else step)
+            self.training.keep_until(-1 if fresh else step)
+        evaluated = [record["step"] for record in self.evaluations.read()]
+        self.last_evaluated_step = max(evaluated, default=None)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar."""
+        self.last_logged_step = state.global_step
+        if state.is_world_process_zero:
+            self._bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                desc="training",
+                unit="step",
+                dynamic_ncols=True,
+                disable=args.disable_tqdm,
+            )
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell the sampler the epoch: accelerate does not reach it through every wrapper, above all on resume."""
+        self.trainer.sampler.set_epoch(int(state.epoch or 0))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Count the step."""
+        self.trainer.count_step()
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the training curve; the bar shows the loss."""
+        if not logs or "loss" not in logs:
+            return
+        self.last_logged_step = state.global_step
+        if state.is_world_process_zero:
+            if self._bar is not None:
+                self._bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
+            self.training.append({"step": state.global_step, **logs})
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the held-out curve, and one line for the reader."""
+        if metrics is None:
+            return
+        self.last_evaluated_step = state.global_step
+        if state.is_world_process_zero:
+            plain = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+            kl_is = self.trainer.kl_is
+            self.evaluations.append({"step": state.global_step, **plain, "kl_is": kl_is})
+            tqdm.write(evaluation_line(state.global_step, metrics, kl_is))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Complete the checkpoint that was just written."""
+        if state.is_world_process_zero:
+            self.trainer.write_record(Path(args.output_dir or ".") / f"checkpoint-{state.global_step}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

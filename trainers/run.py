@@ -1,0 +1,165 @@
+"""One training run from settings to a saved student: what ``tailcache train`` does.
+
+Check everything that can be checked first (teacher, loss, student, what is in OUT), then train. A run that was killed
+is continued from its last whole checkpoint; one that has finished is left alone.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tailcache.storage import durable
+from tailcache.storage.errors import ConfigError, NotFoundError
+from tailcache.storage.reader import Cache, Teacher, open_cache
+from tailcache.trainers.distill import DistillTrainer, training_arguments
+from tailcache.trainers.objective import Objective
+from tailcache.trainers.records import (
+    RECORD,
+    check_resumable,
+    last_checkpoint,
+    read_record,
+    refuse_existing,
+    resolved,
+)
+from tailcache.trainers.student import Student, build_student
+
+if TYPE_CHECKING:
+    from tailcache.trainers.config import TrainConfig
+
+__all__ = ["choose_teacher", "train"]
+
+
+def choose_teacher(cache: Cache, name: str | None) -> Teacher:
+    """The teacher of that name, or the only one.
+
+    Raises:
+      NotFoundError: there is none of that name, or none at all.
+      ConfigError: no name is given and there are several.
+      IncompleteError: its capture has not finished.
+    """
+    if name is not None:
+        return cache.teacher(name)
+    names = cache.teacher_names
+    if not names:
+        raise NotFoundError(f"{cache.path}: expected a teacher, found none; make one with `tailcache capture`")
+    if len(names) > 1:
+        raise ConfigError(f"teacher: {cache.path} has several teachers; choose one of {', '.join(names)}")
+    return cache.teacher(names[0])
+
+
+def train(config: TrainConfig) -> DistillTrainer | None:
+    """Train, evaluate and save the student that the settings describe.
+
+    Args:
+      config: the settings.
+
+    Returns:
+      The trainer, after training; None if the run in OUT had finished already.
+
+    Raises:
+      ConfigError: a setting does not fit the cache, or OUT holds another run.
+      StudentError: the student cannot be built, or does not fit.
+      MismatchError: another tokenizer; or a checkpoint made from other data or settings.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    teacher = choose_teacher(open_cache(config.cache), config.teacher)
+    objective = Objective.from_config(config)
+    objective.check(teacher)
+    args = training_arguments(config)
+    record = {
+        "format": "tailcache student",
+        "format_version": 1,
+        "config": resolved(config),
+        "corpus_hash": teacher.corpus.hash,
+        "teacher": teacher.name,
+        "teacher_hash": teacher.hash,
+        "versions": {name: importlib.metadata.version(name) for name in ("tailcache", "torch", "transformers")},
+    }
+    checkpoint = None
+    if not config.resume:
+        refuse_existing(config.out)
+    elif (config.out / RECORD).is_file() and _finished(config.out, record):
+        if args.process_index == 0:
+            print(f"{config.out}: this run has finished; nothing to do")
+        return None
+    else:
+        checkpoint = last_checkpoint(config.out)
+    restored = check_resumable(checkpoint, record) if checkpoint is not None else None
+
+    student = build_student(config.student, teacher.corpus, seed=config.seed)
+    record["student"] = _described(student)
+    durable.make_folder(config.out)
+    held_out = teacher.corpus.held_out_rows()
+    layout = None if config.layout == "auto" else config.layout
+    trainer = DistillTrainer(
+        student.model,
+        args,
+        teacher=teacher,
+        objective=objective,
+        layout=layout,
+        held_out_rows=held_out[: config.eval_rows],
+        record=record,
+    )
+    trainer.reporter.continue_from(0 if restored is None else int(restored["step"]), fresh=restored is None)
+    if restored is not None:
+        trainer.positions_seen = int(restored["positions_seen"])
+    if trainer.is_world_process_zero():
+        for line in _introduction(config, trainer, student, checkpoint):
+            print(line)
+
+    evaluating = len(trainer.held_out) > 0
+    if evaluating and checkpoint is None:
+        trainer.evaluate()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if evaluating and trainer.reporter.last_evaluated_step != trainer.state.global_step:
+        trainer.evaluate()
+    trainer.save_model(str(config.out))
+    if trainer.is_world_process_zero():
+        print(f"saved to {config.out}")
+    return trainer
+
+
+def _finished(out: Path, record: dict[str, Any]) -> bool:
+    """Whether OUT holds this very run, finished; refuses another one's."""
+    found = check_resumable(out, record)
+    length = ("epochs", "max_steps")
+    return all(found["config"].get(name) == record["config"][name] for name in length)
+
+
+def _described(student: Student) -> dict[str, Any]:
+    model = student.model
+    return {
+        "class": type(model).__name__,
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "notes": student.notes,
+    }
+
+
+def _introduction(config: TrainConfig, trainer: DistillTrainer, student: Student, checkpoint: Path | None) -> list[str]:
+    """What is about to happen, in a few lines."""
+    corpus, objective = trainer.teacher.corpus, trainer.objective
+    parameters = sum(p.numel() for p in student.model.parameters())
+    parts = {
+        "clm": "cross-entropy",
+        "kd": f"cross-entropy + KL from teacher {trainer.teacher.name!r}, tail {objective.tail}",
+        "tad": (
+            f"cross-entropy + TAD from teacher {trainer.teacher.name!r}, K' = {objective.top_k} of "
+            f"{trainer.teacher.top_k}, beta {objective.beta:g}, tail {objective.tail}"
+        ),
+    }
+    lines = [
+        f"student: {type(student.model).__name__}, {parameters / 1e6:.1f} M parameters, {config.precision}",
+        f"loss: {parts[objective.loss]}",
+        f"data: {len(trainer.sampler):,} rows for training and {len(trainer.held_out):,} held out, of "
+        f"{corpus.num_targets:,} target positions in all",
+        *(f"note: {note}" for note in student.notes),
+    ]
+    if len(trainer.held_out) == 0:
+        lines.append("note: the corpus has no held-out rows, so nothing is evaluated")
+    if checkpoint is not None:
+        lines.append(f"continuing from {checkpoint} (step {read_record(checkpoint)['step']})")
+    return lines
