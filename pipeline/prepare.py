@@ -70,9 +70,9 @@ def prepare(config: PrepareConfig) -> Prepared:
       MismatchError: the cache already has another corpus.
       StorageError: the cache cannot be written.
     """
-    loaded = load_tokenizer(config.tokenizer, revision=config.tokenizer_revision, chat_template=config.chat_template)
     source = open_source(config)
     columns = choose_columns(source.columns(), config)
+    loaded = load_tokenizer(config.tokenizer, revision=config.tokenizer_revision, chat_template=config.chat_template)
     encoder, recipe = _plan(config, columns, loaded)
     if (config.cache / "corpus").exists():
         return _already_there(config, loaded, source, recipe)
