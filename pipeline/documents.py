@@ -111,7 +111,7 @@ def choose_columns(available: Sequence[str], config: PrepareConfig) -> Columns:
         )
     if config.mask_column is not None:
         if found[0].kind != "tokens":
-            raise ConfigError(f"--mask-column applies to ready token ids; column {found[0].main} is {found[0].kind}")
+            raise ConfigError(f"--mask-column is for ready token ids; column {found[0].main} is {found[0].kind}")
         _require_column(config.mask_column, "--mask-column", available)
     return found[0]
 

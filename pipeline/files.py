@@ -5,18 +5,17 @@
     .jsonl .ndjson .json      JSON lines, one array of objects, or objects one after another
     .txt .text                a document per line, per paragraph or per file
 
-Parquet is read with pyarrow's own file reader, because the scanner that `datasets` streams with holds a
-whole row group (measured on a file of one 290 MB group: 530 MB against 30 MB). JSON is decoded record by
-record rather than into columns, because columns need one type each: a date-like text would become a
-timestamp, a column that starts with nulls could not go on with text, and chats would gain keys they do not
-have.
-Text goes through the text reader of `datasets`, which also decompresses on the fly.
+These are the formats `datasets` reads and writes, and its declarations of columns are honoured (files it saved
+come out as it would give them); its hub sets are read by `datasets` itself. Local files are not, because its
+readers are not strict enough for a corpus: its parquet scanner holds a whole row group (measured on a file of one
+290 MB group: 530 MB against 30 MB here); its JSON reader needs one type per column, so that a date-like text
+becomes a timestamp, a column that starts with nulls cannot go on with text, and chats gain keys they do not
+have; its text reader decodes compressed files in the encoding of the machine.
 """
 
 from __future__ import annotations
 
 import bz2
-import glob
 import gzip
 import io
 import lzma
@@ -41,7 +40,7 @@ FORMATS = {
     ".txt": "text",
     ".text": "text",
 }
-COMPRESSED = {"json": (".gz", ".bz2", ".xz", ".zst"), "text": (".gz", ".bz2", ".xz")}
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 ROWS_AT_ONCE = 64
 BUFFER_BYTES = 1 << 20
@@ -52,13 +51,13 @@ def file_format(path: Path) -> str | None:
     suffix = path.suffix.lower()
     if suffix in FORMATS:
         return FORMATS[suffix]
-    inner = FORMATS.get(Path(path.stem).suffix.lower(), "")
-    return inner if suffix in COMPRESSED.get(inner, ()) else None
+    inner = FORMATS.get(Path(path.stem).suffix.lower())
+    return inner if suffix in COMPRESSED and inner in ("json", "text") else None
 
 
 def supported_suffixes() -> str:
     """The file names that can be read, for messages."""
-    return ", ".join(FORMATS) + "; JSON and text also with .gz, .bz2 or .xz, and JSON with .zst"
+    return f"{', '.join(FORMATS)}; JSON and text also compressed ({', '.join(COMPRESSED)})"
 
 
 def file_columns(path: Path) -> list[str]:
@@ -106,11 +105,12 @@ def read_file(
         elif format_ == "arrow":
             schema, batches = _open_arrow(path, stack)
             yield from _rows(schema, batches, columns)
-        elif format_ == "json":
-            text = stack.enter_context(_open_text(path))
-            yield from decode_json(iter(lambda: text.read(BUFFER_BYTES), ""))
         else:
-            yield from _read_text(path, text_files)
+            text = stack.enter_context(_open_text(path))
+            if format_ == "json":
+                yield from decode_json(iter(lambda: text.read(BUFFER_BYTES), ""))
+            else:
+                yield from _read_text(text, text_files)
 
 
 @contextmanager
@@ -150,12 +150,12 @@ def _open_arrow(path: Path, stack: ExitStack) -> tuple[Any, Iterator[Any]]:
 
 def _rows(schema: Any, batches: Iterable[Any], columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
     """The rows of record batches as Python values, decoded the way `datasets` declares its columns."""
+    import pyarrow as pa
     from datasets import Features
 
     names = _present(schema, columns)
-    features = Features.from_arrow_schema(schema)
-    if names is not None:
-        features = Features({name: features[name] for name in names})
+    read = schema if names is None else pa.schema([schema.field(name) for name in names], schema.metadata)
+    features = Features.from_arrow_schema(read)
     for batch in batches:
         chosen = batch if names is None else batch.select(names)
         for first in range(0, chosen.num_rows, ROWS_AT_ONCE):
@@ -178,30 +178,19 @@ def _open_text(path: Path) -> IO[str]:
     return io.TextIOWrapper(binary, encoding="utf-8-sig")
 
 
-def _read_text(path: Path, text_files: str) -> Iterator[dict[str, Any]]:
-    """The documents of a text file, through the text reader of `datasets`."""
-    import datasets
-
-    lines = datasets.load_dataset(
-        "text",
-        data_files=[glob.escape(str(path.resolve()))],
-        split="train",
-        streaming=True,
-        sample_by="document" if text_files == "document" else "line",
-        keep_linebreaks=True,
-        encoding="utf-8-sig",
-    )
+def _read_text(text: IO[str], text_files: str) -> Iterator[dict[str, Any]]:
+    """The documents of a text file; line breaks at their ends are not part of them, except of a whole file."""
+    if text_files == "document":
+        yield {"text": text.read()}
+        return
     paragraph: list[str] = []
-    for row in lines:
-        text = row["text"]
+    for line in text:
         if text_files == "line":
-            yield {"text": text.rstrip("\n")}
-        elif text_files == "document":
-            yield {"text": text}
-        elif text.strip():
-            paragraph.append(text)
+            yield {"text": line.removesuffix("\n")}
+        elif line.strip():
+            paragraph.append(line)
         elif paragraph:
-            yield {"text": "".join(paragraph).rstrip("\n")}
+            yield {"text": "".join(paragraph).removesuffix("\n")}
             paragraph = []
     if paragraph:
-        yield {"text": "".join(paragraph).rstrip("\n")}
+        yield {"text": "".join(paragraph).removesuffix("\n")}
