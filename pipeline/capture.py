@@ -87,6 +87,7 @@ def _head_chunks(teacher: Teacher, head_positions: int | None) -> tuple[int, int
     return chunk, chunk
 
 
+@torch.inference_mode()
 def capture_rows(
     teacher: Teacher,
     rows: Rows,

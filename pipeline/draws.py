@@ -39,7 +39,8 @@ def uniforms(key: int, positions: NDArray[np.int64], num: int) -> NDArray[np.flo
       [T, num] float64 in [0, 1), multiples of 2^-53.
     """
     with np.errstate(over="ignore"):
-        counters: NDArray[np.uint64] = positions.astype(np.uint64)[:, None] * np.uint64(num)
-        counters = counters + np.arange(num, dtype=np.uint64)
-        mixed = _mix(_mix((counters * _GOLDEN + np.uint64(key)).astype(np.uint64, copy=False)) + _GOLDEN)
+        base = positions.astype(np.uint64)[:, None] * np.uint64(num)
+        counters = np.add(base, np.arange(num, dtype=np.uint64), dtype=np.uint64)
+        keyed = np.add(np.multiply(counters, _GOLDEN, dtype=np.uint64), np.uint64(key), dtype=np.uint64)
+        mixed = _mix(np.add(_mix(keyed), _GOLDEN, dtype=np.uint64))
     return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -293,7 +293,7 @@ def load_teacher(
         model = AutoModelForCausalLM.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise TeacherError(f"teacher {source}: it cannot be loaded as a causal language model: {error}") from error
-    model = model.eval()
+    nn.Module.eval(model)
     nn.Module.to(model, chosen)
     if model.dtype not in _PROBE_TOLERANCE:
         raise TeacherError(f"teacher {source}: expected float32, bfloat16 or float16 weights, found {model.dtype}")
