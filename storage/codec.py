@@ -68,6 +68,11 @@ class Targets:
     def __len__(self) -> int:
         return len(self.log_tail)
 
+    @property
+    def num_samples(self) -> int:
+        """m, the draws per position."""
+        return int(self.tail_samples.shape[1])
+
     def __getitem__(self, index: slice | NDArray[np.integer] | NDArray[np.bool_]) -> Targets:
         return Targets(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
