@@ -46,8 +46,18 @@ def load_section(path: Path, verb: str, verbs: Iterable[str]) -> dict[str, Any]:
     """
     import yaml
 
+    class Strict(yaml.SafeLoader):
+        """Plain YAML, except that a key may not be given twice: the first would be lost without a word."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise ConfigError(f"--config {path}, line {node.start_mark.line + 1}: {key} is given twice")
+            return super().construct_mapping(node, deep)
+
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Strict)  # Strict is a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: cannot be read: {error}") from error
     except yaml.YAMLError as error:
