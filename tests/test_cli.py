@@ -251,7 +251,7 @@ def test_a_real_run_from_the_shell(tmp_path: Path) -> None:
             text=True,
             check=False,
         )
-        for source in ("b.jsonl", "a.jsonl", "a.jsonl")
+        for source in ("b.jsonl", "a.jsonl")
     ]
     assert [run.returncode for run in runs] == [1, 0]
     assert runs[0].stderr == (
