@@ -106,7 +106,7 @@ def test_a_batch_holds_its_rows_and_nothing_else(teacher: Teacher, layout: Layou
     ids, positions = batch["input_ids"].reshape(-1).tolist(), batch["position_ids"].reshape(-1).tolist()
     assert batch["input_ids"].shape[1] % multiple == 0
     target = 0
-    seen_segments = []
+    seen_segments: list[int] = []
     for item in items:
         position = 0
         for t, token in enumerate(item.tokens.tolist()):
@@ -175,7 +175,7 @@ def test_a_document_has_the_same_logits_packed_or_alone(
     teacher: Teacher, model_type: str, layout: Layout, attention: str
 ) -> None:
     """Several packed rows of different lengths in one batch, against every document by itself."""
-    sizes = {**LLAMA, "head_dim": 8, "sliding_window": 4} if model_type == "gemma3_text" else LLAMA
+    sizes: dict[str, Any] = {**LLAMA, "head_dim": 8, "sliding_window": 4} if model_type == "gemma3_text" else LLAMA
     model = tiny_model(21, model_type=model_type, **sizes)
     model.set_attn_implementation(attention)
     dataset = _all_rows(teacher)
@@ -201,7 +201,9 @@ def test_a_document_has_the_same_logits_packed_or_alone(
 def test_the_probe_finds_models_that_leak_and_the_layout_for_them(
     teacher: Teacher, unpacked: Teacher, model_type: str
 ) -> None:
-    sizes = {"mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}}.get(model_type, LLAMA)
+    sizes: dict[str, Any] = {"mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}}.get(
+        model_type, LLAMA
+    )
     if model_type == "opt":
         sizes = {**sizes, "word_embed_proj_dim": 32, "ffn_dim": 48}
     model = tiny_model(21, model_type=model_type, **sizes)
@@ -221,7 +223,8 @@ def test_the_probe_finds_models_that_leak_and_the_layout_for_them(
 def test_the_probe_works_on_freshly_initialised_weights(teacher: Teacher) -> None:
     """At the usual initial scale of 0.02 a leak is small, and found all the same."""
     rows: list[RowTokens] = [_all_rows(teacher)[i] for i in range(24)]
-    model = tiny_model(21, model_type="opt", std=0.02, **{**LLAMA, "word_embed_proj_dim": 32, "ffn_dim": 48})
+    sizes: dict[str, Any] = {**LLAMA, "word_embed_proj_dim": 32, "ffn_dim": 48}
+    model = tiny_model(21, model_type="opt", std=0.02, **sizes)
     with pytest.raises(StudentError, match="lets one see"):
         check_documents_kept_apart(model.train(), rows, "rows")
     assert model.training
@@ -252,7 +255,7 @@ def test_logits_are_made_for_target_positions_only(teacher: Teacher) -> None:
 
 
 def test_soft_capped_logits_and_models_without_a_known_head(teacher: Teacher) -> None:
-    sizes = {**LLAMA, "head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 2.0}
+    sizes: dict[str, Any] = {**LLAMA, "head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 2.0}
     model = tiny_model(21, model_type="gemma2", **sizes)
     batch = collate([_all_rows(teacher)[i] for i in range(5)])
     arguments = (batch["input_ids"], batch["position_ids"], batch["target_index"])

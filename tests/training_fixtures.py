@@ -77,7 +77,7 @@ def make_corpus(
             if packed:
                 starts |= generator.random(length) < 0.15
             wanted = generator.random(length) < 0.9
-            writer.append(tokens, starts, wanted, held_out=row % held_out_every == 1)
+            writer.append(tokens, starts, wanted, held_out=held_out_every > 0 and row % held_out_every == 1)
         return writer.finish(
             tokenizer_files={p.name: p.read_bytes() for p in sorted(saved.iterdir())},
             tokenizer={"fingerprint": fingerprint(tokenizer), "vocab_size": vocab_size},

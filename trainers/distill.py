@@ -31,7 +31,7 @@ from tailcache.trainers.batches import CacheRows, Layout, ShuffledRows, collate,
 from tailcache.trainers.forward import check_documents_kept_apart, default_layout, target_logits
 from tailcache.trainers.metrics import HeldOutSums, kl_kind, position_metrics
 from tailcache.trainers.objective import Objective
-from tailcache.trainers.progress import Reporter
+from tailcache.trainers.progress import Reporter, quiet_progress
 from tailcache.trainers.records import write_record
 from tailcache.trainers.terms import student_terms
 from torch import Tensor, nn
@@ -310,7 +310,8 @@ class DistillTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save a plain transformers checkpoint with the corpus' own tokenizer files beside it."""
-        super().save_model(output_dir, _internal_call=_internal_call)
+        with quiet_progress():
+            super().save_model(output_dir, _internal_call=_internal_call)
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir or ".")

@@ -6,17 +6,20 @@ record that completes a checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailcache.trainers.records import JsonLines
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 if TYPE_CHECKING:
     from tailcache.trainers.distill import DistillTrainer
 
-__all__ = ["Reporter", "evaluation_line"]
+__all__ = ["Reporter", "evaluation_line", "quiet_progress"]
 
 
 def evaluation_line(step: int, metrics: dict[str, Any], kl_is: str) -> str:
@@ -28,6 +31,19 @@ def evaluation_line(step: int, metrics: dict[str, Any], kl_is: str) -> str:
         f"(teacher {metrics['eval_teacher_cross_entropy']:.4f}), KL {metrics['eval_kl']:.4f}{note}, "
         f"top-1 agreement {metrics['eval_top1_agreement']:.1%}"
     )
+
+
+@contextmanager
+def quiet_progress() -> Iterator[None]:
+    """No bars of transformers' own while it reads or writes weights."""
+    bars: Any = logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
 
 
 class Reporter(TrainerCallback):

@@ -73,7 +73,7 @@ def train(config: TrainConfig) -> DistillTrainer | None:
     record = {
         "format": "tailcache student",
         "format_version": 1,
-        "config": resolved(config),
+        "config": {**resolved(config), "top_k": objective.top_k if config.loss == "tad" else None},
         "corpus_hash": teacher.corpus.hash,
         "teacher": teacher.name,
         "teacher_hash": teacher.hash,
@@ -152,7 +152,7 @@ def _introduction(config: TrainConfig, trainer: DistillTrainer, student: Student
         ),
     }
     lines = [
-        f"student: {type(student.model).__name__}, {parameters / 1e6:.1f} M parameters, {config.precision}",
+        f"student: {type(student.model).__name__}, {parameters:,} parameters, {config.precision}",
         f"loss: {parts[objective.loss]}",
         f"data: {len(trainer.sampler):,} rows for training and {len(trainer.held_out):,} held out, of "
         f"{corpus.num_targets:,} target positions in all",

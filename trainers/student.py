@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tailcache.storage.errors import MismatchError, StudentError
 from tailcache.storage.fingerprint import differing_components, fingerprint
+from tailcache.trainers.progress import quiet_progress
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
@@ -83,12 +85,13 @@ def build_student(config: StudentConfig, corpus: Corpus, *, seed: int) -> Studen
 
 def _loaded(checkpoint: str, revision: str | None, extra: dict[str, Any]) -> PreTrainedModel:
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint, revision=revision or "main", dtype=torch.float32, **extra
-        )
-    except (OSError, ValueError, ImportError) as error:
+        with quiet_progress():
+            model = AutoModelForCausalLM.from_pretrained(
+                checkpoint, revision=revision or "main", dtype=torch.float32, **extra
+            )
+    except (OSError, ValueError, ImportError, StrictDataclassError) as error:
         raise StudentError(
-            f"student.checkpoint: expected a causal language model at {checkpoint!r}, found: {_first_line(error)}"
+            f"student.checkpoint: expected a causal language model at {checkpoint!r}, found: {_in_short(error)}"
         ) from error
     assert isinstance(model, PreTrainedModel)
     return model
@@ -103,7 +106,7 @@ def _initialised(architecture: PretrainedConfig, extra: dict[str, Any], seed: in
     except (OSError, ValueError, ImportError, AttributeError, TypeError, RuntimeError) as error:
         raise StudentError(
             f"student: expected a configuration that gives a causal language model, found that "
-            f"{architecture.model_type!r} refuses it: {_first_line(error)}"
+            f"{architecture.model_type!r} refuses it: {_in_short(error)}"
         ) from error
     assert isinstance(model, PreTrainedModel)
     return model
@@ -131,9 +134,9 @@ def _architecture(config: StudentConfig, corpus: Corpus) -> PretrainedConfig:
         if config.config is None:
             fitted.update(_sizes(config, type(AutoConfig.for_model(model_type, **fitted)), longest_row(corpus)))
         return AutoConfig.for_model(model_type, **{**fitted, **given})
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise StudentError(
-            f"student: expected a configuration for the model type {model_type!r}, found: {_first_line(error)}"
+            f"student: expected a configuration for the model type {model_type!r}, found: {_in_short(error)}"
         ) from error
 
 
@@ -194,7 +197,7 @@ def _check_tokenizer(checkpoint: str, revision: str | None, corpus: Corpus, note
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, revision=revision or "main")
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise StudentError(
-            f"student.checkpoint: expected a tokenizer that can be read at {checkpoint!r}, found: {_first_line(error)}"
+            f"student.checkpoint: expected a tokenizer that can be read at {checkpoint!r}, found: {_in_short(error)}"
         ) from error
     differing = differing_components(expected, fingerprint(tokenizer))
     if differing:
@@ -219,7 +222,7 @@ def _has_tokenizer(checkpoint: str, revision: str | None) -> bool:
             )
         except OSError as error:
             raise StudentError(
-                f"student.checkpoint: expected a folder or a hub id, found {checkpoint!r}: {_first_line(error)}"
+                f"student.checkpoint: expected a folder or a hub id, found {checkpoint!r}: {_in_short(error)}"
             ) from error
         if found is not None:
             return True
@@ -259,6 +262,7 @@ def longest_row(corpus: Corpus) -> int:
     return longest
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _in_short(error: BaseException) -> str:
+    """One line of an error of transformers, which likes to list every model it knows."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 240 else f"{text[:240]}…"

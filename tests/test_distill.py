@@ -1,0 +1,544 @@
+"""Training from a cache: the truth test, what must leave no trace in the loss, evaluation, saving, resuming."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import torch
+from loss_cases import CODEC_MAX, CODEC_MEAN, MICRO_BATCH
+from tailcache.scripts.train import run
+from tailcache.storage.alignment import next_tokens, target_positions
+from tailcache.storage.codec import Targets
+from tailcache.storage.errors import ConfigError, MismatchError, NotFoundError, StudentError
+from tailcache.storage.fingerprint import fingerprint
+from tailcache.storage.reader import Teacher, open_cache
+from tailcache.trainers.batches import CacheRows, Layout, RowTargets, collate
+from tailcache.trainers.config import StudentConfig, TrainConfig
+from tailcache.trainers.distill import DistillTrainer, training_arguments
+from tailcache.trainers.objective import Objective
+from tailcache.trainers.run import train
+from training_fixtures import logprobs_of, make_cache, make_corpus, tiny_model, write_teacher
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+SMALL = StudentConfig(hidden_size=32, num_layers=2, num_heads=2)
+KL = Objective(loss="kd", clm_weight=0.0)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
+    return make_cache(tmp_path_factory.mktemp("distill") / "cache")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
+    """The teacher of `tiny_model(21)` with every id stored."""
+    return make_cache(tmp_path_factory.mktemp("whole") / "cache", top_k=None)
+
+
+def _config(source: Teacher, out: Path, **settings: Any) -> TrainConfig:
+    defaults: dict[str, Any] = {
+        "student": SMALL,
+        "learning_rate": 1e-2,
+        "batch_rows": 4,
+        "max_steps": 4,
+        "eval_every": 2,
+        "log_every": 1,
+        "device": "cpu",
+    }
+    return TrainConfig(cache=source.corpus.path.parent, out=out, **{**defaults, **settings})
+
+
+def _trainer(teacher: Teacher, out: Path, objective: Objective, model: Any = None, **settings: Any) -> Any:
+    layout: Layout | None = settings.pop("layout", None)
+    return DistillTrainer(
+        tiny_model(teacher.vocab_size, seed=5) if model is None else model,
+        training_arguments(_config(teacher, out, **settings)),
+        teacher=teacher,
+        objective=objective,
+        layout=layout,
+    )
+
+
+def _rows(teacher: Teacher) -> list[RowTargets]:
+    dataset = CacheRows(teacher, np.arange(teacher.corpus.num_rows))
+    return [dataset[i] for i in range(len(dataset))]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---- the truth test: a student that is its teacher has nothing to learn ----
+
+
+def _position_kl(trainer: Any, rows: list[RowTargets], layout: Layout) -> list[float]:
+    """The loss of every row by itself, from the trainer."""
+    batches = [collate([row], layout=layout) for row in rows if len(row.targets)]
+    with torch.no_grad():
+        return [float(trainer.compute_loss(trainer.model, batch)) for batch in batches]
+
+
+def _shifted(row: RowTargets) -> RowTargets:
+    """The targets of each position moved to the next one."""
+    return replace(row, targets=row.targets[np.roll(np.arange(len(row.targets)), 1)])
+
+
+@pytest.mark.parametrize("layout", ["rows", "flat", "documents"])
+def test_a_student_that_is_its_teacher_has_no_loss_unless_shifted(
+    whole: Teacher, layout: Layout, tmp_path: Path
+) -> None:
+    trainer = _trainer(whole, tmp_path, KL, tiny_model(21), layout=layout)
+    rows = _rows(whole)
+    batch = collate(rows, layout=layout)
+    with torch.no_grad():
+        mean = float(trainer.compute_loss(trainer.model, batch))
+        largest = max(_position_kl(trainer, rows, layout))
+        shifted = float(trainer.compute_loss(trainer.model, collate([_shifted(r) for r in rows], layout=layout)))
+        beside = {**batch, "target_index": (batch["target_index"] + 1).clamp_max(batch["input_ids"].numel() - 1)}
+        moved = float(trainer.compute_loss(trainer.model, beside))
+    assert abs(mean) <= CODEC_MEAN
+    assert largest <= CODEC_MAX
+    assert shifted > 0.1
+    assert moved > 0.1
+    metrics = trainer.evaluate()
+    assert abs(metrics["eval_kl"]) <= CODEC_MEAN
+    assert metrics["eval_top1_agreement"] == 1.0
+    assert abs(metrics["eval_cross_entropy"] - metrics["eval_teacher_cross_entropy"]) < 1e-3
+
+
+@pytest.mark.parametrize("module", ["trainers.batches"])
+def test_an_alignment_that_is_off_by_one_fails_the_truth_test(
+    whole: Teacher, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error itself, put into the one place where alignment is decided."""
+    trainer = _trainer(whole, tmp_path, KL, tiny_model(21))
+    rows = _rows(whole)
+    monkeypatch.setattr(
+        f"tailcache.{module}.target_positions", lambda supervised: np.maximum(target_positions(supervised) - 1, 0)
+    )
+    with torch.no_grad():
+        assert float(trainer.compute_loss(trainer.model, collate(rows))) > 0.1
+
+
+def test_tad_of_a_student_that_is_its_teacher(whole: Teacher, tmp_path: Path) -> None:
+    """beta(X) multiplies the codec's error too; it stays near its bound."""
+    trainer = _trainer(whole, tmp_path, Objective(loss="tad", clm_weight=0.0), tiny_model(21))
+    with torch.no_grad():
+        assert abs(float(trainer.compute_loss(trainer.model, collate(_rows(whole))))) <= 10 * CODEC_MEAN
+
+
+def test_the_gradient_of_the_truth_is_zero_and_of_another_student_is_not(whole: Teacher, tmp_path: Path) -> None:
+    norms = []
+    for seed in (0, 5):
+        trainer = _trainer(whole, tmp_path, KL, tiny_model(21, seed=seed))
+        trainer.compute_loss(trainer.model, collate(_rows(whole))).backward()
+        norms.append(math.sqrt(math.fsum(float(p.grad.square().sum()) for p in trainer.model.parameters())))
+    assert norms[0] < 1e-2 * norms[1]
+
+
+def test_the_truth_through_the_real_capture(tmp_path: Path) -> None:
+    """prepare's store, capture's own forward and head, the trainer's forward: zero, and not when shifted."""
+    from tailcache.pipeline.capture import capture
+    from tailcache.pipeline.config import CaptureConfig
+    from tokenizer_fixtures import build_tokenizer
+
+    tokenizer = build_tokenizer("wordlevel")
+    corpus = make_corpus(tmp_path / "cache", tokenizer)
+    model = tiny_model(corpus.vocab_size)
+    model.save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    settings: dict[str, Any] = {"cache": tmp_path / "cache", "teacher": str(tmp_path / "teacher"), "device": "cpu"}
+    capture(CaptureConfig(name="whole", top_k=corpus.vocab_size, num_samples=0, **settings), show_progress=False)
+    capture(CaptureConfig(name="kept", top_k=12, num_samples=16, **settings), show_progress=False)
+    cache = open_cache(tmp_path / "cache")
+    whole, kept = cache.teacher("whole"), cache.teacher("kept")
+
+    trainer = _trainer(whole, tmp_path / "out", KL, tiny_model(corpus.vocab_size))
+    rows = _rows(whole)
+    with torch.no_grad():
+        assert abs(float(trainer.compute_loss(trainer.model, collate(rows)))) <= CODEC_MEAN
+        assert float(trainer.compute_loss(trainer.model, collate([_shifted(row) for row in rows]))) > 0.1
+        # With samples the value is an estimate: its mean is 0 within the standard error of the draws.
+        sampled = _trainer(kept, tmp_path / "out", KL, tiny_model(corpus.vocab_size))
+        values = _position_kl(sampled, _rows(kept), "rows")
+        assert abs(np.mean(values)) <= 5 * np.std(values) / len(values) ** 0.5
+        bucket = _trainer(kept, tmp_path / "out", replace(KL, tail="bucket"), tiny_model(corpus.vocab_size))
+        assert abs(float(bucket.compute_loss(bucket.model, collate(_rows(kept))))) <= CODEC_MEAN
+
+
+# ---- what must leave no trace in the loss ----
+
+
+OBJECTIVES = [
+    Objective(loss="clm"),
+    Objective(loss="kd", tail="sampled"),
+    Objective(loss="kd", tail="bucket", clm_weight=0.5, divergence_weight=2.0),
+    Objective(loss="tad", tail="sampled"),
+    Objective(loss="tad", tail="prior", top_k=5),
+]
+
+
+def _loss_and_gradient(trainer: Any, batches: list[dict[str, Any]]) -> tuple[float, torch.Tensor]:
+    """As ``Trainer`` accumulates: the shares of the micro-batches, and the sum of their gradients."""
+    trainer.model.zero_grad()
+    samples, count = trainer.get_batch_samples(iter(batches), len(batches), torch.device("cpu"))
+    trainer.current_gradient_accumulation_steps = len(samples)
+    loss = math.fsum(float(trainer.training_step(trainer.model, batch, count)) for batch in samples)
+    return loss, torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: f"{o.loss}-{o.tail}")
+def test_micro_batches_padding_and_layout_do_not_change_the_loss(
+    teacher: Teacher, objective: Objective, tmp_path: Path
+) -> None:
+    trainer = _trainer(teacher, tmp_path, objective)
+    rows = _rows(teacher)[:9]
+    loss, gradient = _loss_and_gradient(trainer, [collate(rows)])
+    variants: dict[str, list[dict[str, Any]]] = {
+        "row by row": [collate([row]) for row in rows],
+        "uneven": [collate(rows[:1]), collate(rows[1:7]), collate(rows[7:])],
+        "padded": [collate(rows, pad_to_multiple_of=37)],
+        "flat": [collate(rows, layout="flat")],
+        "documents": [collate(rows, layout="documents")],
+        "another order": [collate(rows[::-1])],
+    }
+    for name, batches in variants.items():
+        other, slope = _loss_and_gradient(trainer, batches)
+        assert abs(other - loss) <= MICRO_BATCH * max(1.0, abs(loss)), name
+        assert (slope - gradient).abs().max() <= MICRO_BATCH * max(1.0, float(gradient.abs().max())), name
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: f"{o.loss}-{o.tail}")
+def test_the_loss_is_the_mean_of_the_reference_over_positions(
+    teacher: Teacher, objective: Objective, tmp_path: Path
+) -> None:
+    """From the stored targets and the student's logits to the number that is trained on, in plain Python."""
+    trainer = _trainer(teacher, tmp_path, objective)
+    rows = _rows(teacher)[:5]
+    batch = collate(rows)
+    with torch.no_grad():
+        loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    targets = Targets.concatenate([row.targets for row in rows])
+    wanted = np.concatenate([next_tokens(row.tokens, target_positions(row.supervised)) for row in rows])
+    q = [reference.softmax(z) for z in outputs["logits"].double().tolist()]
+    top_k = objective.top_k
+    alphas = [
+        math.fsum(math.exp(x) for x in [*row[top_k:], tail])
+        for row, tail in zip(targets.logprobs.tolist(), targets.log_tail.tolist(), strict=True)
+    ]
+    beta = reference.beta_x(alphas, batch["segments"].tolist(), objective.beta)
+    total = 0.0
+    for t, q_t in enumerate(q):
+        total += objective.clm_weight * reference.cross_entropy(q_t, int(wanted[t]))
+        if objective.loss == "clm":
+            continue
+        ids, logp = targets.token_ids[t].tolist(), targets.logprobs[t].tolist()
+        beyond = reference.others(21, ids)
+        alpha = math.exp(targets.log_tail[t])
+        if objective.tail == "bucket":
+            ratio = math.log(alpha / reference.mass(q_t, beyond))
+        else:
+            samples = targets.tail_samples[t].tolist()
+            prior = reference.restricted(teacher.mean_tail.tolist(), beyond)
+            weights = [1 / len(samples)] * len(samples) if objective.tail == "sampled" else list(prior.values())
+            where = samples if objective.tail == "sampled" else list(prior)
+            cross = math.fsum(w * math.log(q_t[i]) for w, i in zip(weights, where, strict=True))
+            ratio = math.log(alpha) - float(targets.tail_entropy[t]) - cross
+        per_rank = [math.exp(x) * (x - math.log(q_t[i])) for i, x in zip(ids, logp, strict=True)]
+        divergence = math.fsum(per_rank) + alpha * ratio
+        if objective.loss == "tad":
+            off_head = reference.others(21, ids[:top_k])
+            between = alphas[t] * math.log(alphas[t] / reference.mass(q_t, off_head))
+            tail_part = math.fsum(per_rank[top_k:]) + alpha * ratio - between  # = alpha KL2
+            divergence = math.fsum(per_rank[:top_k]) + between + beta[t] * tail_part
+        total += objective.divergence_weight * divergence
+    assert abs(float(loss) - total / len(q)) < 1e-5 * max(1.0, total / len(q))
+
+
+def test_a_micro_batch_without_any_target_adds_nothing(teacher: Teacher, tmp_path: Path) -> None:
+    trainer = _trainer(teacher, tmp_path, Objective(loss="tad"))
+    row = _rows(teacher)[0]
+    silent = replace(row, supervised=np.zeros_like(row.supervised), targets=row.targets[:0])
+    loss, gradient = _loss_and_gradient(trainer, [collate(_rows(teacher)[1:3])])
+    both, slope = _loss_and_gradient(trainer, [collate(_rows(teacher)[1:3]), collate([silent])])
+    assert both == pytest.approx(loss, abs=MICRO_BATCH)
+    assert (slope - gradient).abs().max() <= MICRO_BATCH
+
+
+def test_accumulated_steps_of_a_real_run_are_those_of_large_batches(teacher: Teacher, tmp_path: Path) -> None:
+    """The whole path of ``Trainer``: same logged losses, parts and norms, and nearly the same weights after."""
+    runs = []
+    for rows, steps in ((6, 1), (2, 3), (1, 6)):
+        settings = {"batch_rows": rows, "gradient_accumulation": steps, "max_steps": 5, "learning_rate": 1e-3}
+        out = tmp_path / f"{rows}"
+        trainer = train(_config(teacher, out, **settings))
+        assert trainer is not None
+        curve = _lines(out / "training.jsonl")
+        runs.append([[line[k] for k in ("loss", "clm", "divergence", "grad_norm")] for line in curve])
+        assert all(abs(line["loss"] - line["clm"] - line["divergence"]) < 1e-5 for line in curve)
+        assert curve[-1]["positions_seen"] == trainer.positions_seen
+    for run_ in runs[1:]:
+        np.testing.assert_allclose(run_, runs[0], rtol=1e-4)
+
+
+# ---- a whole run ----
+
+
+@pytest.mark.parametrize("loss", ["clm", "kd", "tad"])
+def test_a_run_leaves_a_plain_checkpoint_and_says_where_it_came_from(
+    teacher: Teacher, loss: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "student"
+    config = _config(teacher, out, loss=loss, max_steps=24, save_every=2, gradient_accumulation=2, keep_checkpoints=1)
+    run(config)
+    printed = capsys.readouterr()
+    assert "{" not in printed.out + printed.err  # no dictionaries on the console
+    assert len([line for line in printed.out.splitlines() if line.startswith("step ")]) == 13
+
+    model = AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert model.config.use_cache is True
+    assert fingerprint(tokenizer) == teacher.corpus.manifest["tokenizer"]["fingerprint"]
+    assert not (out / "training_args.bin").exists()
+    for folder, step in ((out, 24), (out / "checkpoint-24", 24)):
+        record = json.loads((folder / "tailcache.json").read_text())
+        assert record["corpus_hash"] == teacher.corpus.hash
+        assert (record["teacher"], record["teacher_hash"]) == (teacher.name, teacher.hash)
+        assert record["config"]["loss"] == loss
+        assert record["config"]["top_k"] == (10 if loss == "tad" else None)
+        assert record["config"]["student"]["hidden_size"] == 32
+        assert (record["step"], record["positions_seen"]) == (step, _lines(out / "metrics.jsonl")[-1]["positions_seen"])
+    assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-24"]
+
+    curve = _lines(out / "metrics.jsonl")
+    assert [line["step"] for line in curve] == list(range(0, 25, 2))
+    assert curve[0]["positions_seen"] == 0
+    assert all(a["positions_seen"] < b["positions_seen"] for a, b in itertools.pairwise(curve))
+    held_out = teacher.corpus.held_out_rows()
+    assert curve[0]["positions"] == sum(len(teacher.row(int(r))) for r in held_out)
+    training = _lines(out / "training.jsonl")
+    assert ("divergence" in training[0]) == (loss != "clm")
+    assert training[-1]["loss"] < training[0]["loss"] - 0.05
+
+
+def test_students_of_one_seed_begin_alike_whatever_their_loss(teacher: Teacher, tmp_path: Path) -> None:
+    starts = []
+    for loss, seed in (("clm", 0), ("kd", 0), ("tad", 0), ("clm", 1)):
+        out = tmp_path / f"{loss}{seed}"
+        train(_config(teacher, out, loss=loss, seed=seed, max_steps=1))
+        starts.append(_lines(out / "metrics.jsonl")[0])
+    assert starts[0] == starts[1] == starts[2] != starts[3]
+
+
+def test_evaluation_is_the_metrics_of_the_held_out_positions(teacher: Teacher, tmp_path: Path) -> None:
+    """Against log-probs made one document at a time."""
+    model = tiny_model(21, seed=5)
+    trainer = _trainer(teacher, tmp_path, KL, model, batch_rows=4)
+    logprobs, targets = logprobs_of(model, teacher.corpus)
+    rows = teacher.corpus.held_out_rows().tolist()
+    offsets = teacher.corpus.target_offsets(0, teacher.corpus.num_rows)
+    held = np.concatenate([np.arange(offsets[r], offsets[r + 1]) for r in rows])
+    metrics = trainer.evaluate()
+    assert metrics["eval_positions"] == len(held)
+    expected = -logprobs[held, targets[held]].mean()
+    assert metrics["eval_cross_entropy"] == pytest.approx(float(expected), abs=1e-5)
+    agreement = np.mean(logprobs[held].argmax(-1).numpy() == teacher.positions(held).token_ids[:, 0])
+    assert metrics["eval_top1_agreement"] == pytest.approx(agreement)
+    dense, _ = logprobs_of(tiny_model(21), teacher.corpus)
+    kl = (dense[held].exp() * (dense[held] - logprobs[held])).sum(-1)
+    assert metrics["eval_kl"] == pytest.approx(float(kl.mean()), abs=0.1 * float(kl.mean()))
+
+
+def test_bf16_autocast_trains_and_scores_like_float32(teacher: Teacher, tmp_path: Path) -> None:
+    curves = []
+    for precision in ("fp32", "bf16"):
+        out = tmp_path / precision
+        train(_config(teacher, out, precision=precision, max_steps=2))
+        curves.append(_lines(out / "metrics.jsonl"))
+        assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.float32
+    for exact, half in zip(*curves, strict=True):
+        assert half["cross_entropy"] == pytest.approx(exact["cross_entropy"], abs=0.05)
+    assert curves[0] != curves[1]
+
+
+def test_no_held_out_rows_no_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = make_cache(tmp_path / "cache", held_out_every=0, num_rows=6)
+    assert train(_config(teacher, tmp_path / "out", max_steps=2)) is not None
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+    assert "nothing is evaluated" in capsys.readouterr().out
+
+
+# ---- resuming ----
+
+
+class _Killed(Exception):
+    pass
+
+
+class _KillAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise _Killed
+
+
+def _kill_runs_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    make: Any = DistillTrainer
+    monkeypatch.setattr("tailcache.trainers.run.DistillTrainer", partial(make, callbacks=[_KillAt(step)]))
+
+
+def test_a_killed_run_continues_to_the_same_weights_and_curves(
+    teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the middle of the second epoch, after a checkpoint and two further steps."""
+    settings: dict[str, Any] = {"batch_rows": 2, "gradient_accumulation": 2, "max_steps": 13, "save_every": 3}
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    train(_config(teacher, straight, **settings))
+    with monkeypatch.context() as patch:
+        _kill_runs_at(8, patch)
+        with pytest.raises(_Killed):
+            train(_config(teacher, killed, **settings))
+    (killed / "checkpoint-9").mkdir()  # one more, half-written: no tailcache.json
+    with (killed / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "cross_ent')
+    train(_config(teacher, killed, **settings, resume=True))
+    for name in ("metrics.jsonl", "training.jsonl"):
+        assert _lines(killed / name) == _lines(straight / name)
+    one, other = (AutoModelForCausalLM.from_pretrained(out).state_dict() for out in (straight, killed))
+    for name, weight in one.items():
+        assert torch.equal(weight, other[name]), name
+    assert train(_config(teacher, killed, **settings, resume=True)) is None  # it has finished
+
+
+def test_resume_without_a_checkpoint_begins_again(
+    teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        _kill_runs_at(3, patch)
+        with pytest.raises(_Killed):
+            train(_config(teacher, tmp_path / "out"))
+    trainer = train(_config(teacher, tmp_path / "out", resume=True))
+    assert trainer is not None
+    assert [line["step"] for line in _lines(tmp_path / "out" / "metrics.jsonl")] == [0, 2, 4]
+
+
+def test_a_run_is_not_started_over_another_and_not_continued_as_another(teacher: Teacher, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    train(_config(teacher, out, save_every=2))
+    with pytest.raises(ConfigError, match="already holds a training run; continue it with --resume"):
+        train(_config(teacher, out))
+    with pytest.raises(MismatchError, match=r"beta: the checkpoint has 2\.0, this run 3\.0"):
+        train(_config(teacher, out, resume=True, beta=3.0))
+    with pytest.raises(MismatchError, match=r"student: the checkpoint has .*'num_layers': 2.*'num_layers': 3"):
+        train(_config(teacher, out, resume=True, student=replace(SMALL, num_layers=3)))
+    record = json.loads((out / "tailcache.json").read_text())
+    for name in ("corpus_hash", "teacher_hash"):
+        (out / "tailcache.json").write_text(json.dumps({**record, name: "f00"}))
+        with pytest.raises(MismatchError, match=f"{name}: the checkpoint has f00, this run"):
+            train(_config(teacher, out, resume=True))
+    (out / "tailcache.json").unlink()
+    checkpoint = out / "checkpoint-4" / "tailcache.json"
+    checkpoint.write_text(json.dumps({**record, "teacher_hash": "f00"}))
+    with pytest.raises(MismatchError, match=r"checkpoint-4: cannot be continued by this run\. teacher_hash"):
+        train(_config(teacher, out, resume=True))
+
+
+def test_a_finished_run_can_be_prolonged(teacher: Teacher, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    train(_config(teacher, out, save_every=2, schedule="constant", warmup=0.0))
+    trainer = train(_config(teacher, out, save_every=2, schedule="constant", warmup=0.0, max_steps=6, resume=True))
+    assert trainer is not None
+    assert trainer.state.global_step == 6
+    assert [line["step"] for line in _lines(out / "metrics.jsonl")] == [0, 2, 4, 6]
+
+
+# ---- several processes ----
+
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+from tailcache.trainers.config import StudentConfig, TrainConfig
+from tailcache.trainers.run import train
+
+cache, out, rows, accumulation = sys.argv[1:]
+train(TrainConfig(
+    cache=Path(cache), out=Path(out), student=StudentConfig(hidden_size=32, num_layers=2, num_heads=2),
+    batch_rows=int(rows), gradient_accumulation=int(accumulation), max_steps=3, eval_every=3, log_every=1,
+    device="cpu", learning_rate=1e-3,
+))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one(teacher: Teacher, tmp_path: Path) -> None:
+    """DDP over gloo: the positions of both are counted, their gradients averaged back to the sum."""
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    cache = str(teacher.corpus.path.parent)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for command in (
+        [*launch, str(script), cache, str(tmp_path / "two"), "3", "1"],
+        [sys.executable, str(script), cache, str(tmp_path / "one"), "6", "1"],
+    ):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for name, fields in (
+        ("training.jsonl", ("loss", "clm", "divergence", "grad_norm", "positions_seen")),
+        ("metrics.jsonl", ("cross_entropy", "kl", "top1_agreement", "positions", "positions_seen")),
+    ):
+        one, two = (_lines(tmp_path / out / name) for out in ("one", "two"))
+        for a, b in zip(one, two, strict=True):
+            assert [b[k] for k in fields] == pytest.approx([a[k] for k in fields], rel=1e-4)
+
+
+# ---- refusals before any training ----
+
+
+def test_what_the_cache_cannot_give_is_refused_first(tmp_path: Path) -> None:
+    teacher = make_cache(tmp_path / "cache")
+    corpus = teacher.corpus
+    logprobs, targets = logprobs_of(tiny_model(21), corpus)
+    write_teacher(corpus, logprobs, targets, name="no-samples", top_k=4, num_samples=0)
+    choose = partial(_config, teacher, tmp_path / "out")
+    with pytest.raises(ConfigError, match="has several teachers; choose one of no-samples, teacher"):
+        train(choose())
+    with pytest.raises(NotFoundError, match="'nobody'"):
+        train(choose(teacher="nobody"))
+    with pytest.raises(ConfigError, match="m = 0; choose the tail 'bucket'"):
+        train(choose(teacher="no-samples", loss="kd"))
+    with pytest.raises(ConfigError, match=r"1 <= K' <= 4.*found K' = 10"):
+        train(choose(teacher="no-samples", tail="bucket"))
+    with pytest.raises(NotFoundError):
+        train(replace(choose(), cache=tmp_path / "nowhere"))
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="expected a CUDA GPU, found none"):
+            train(choose(teacher="teacher", device="cuda"))
+    assert not (tmp_path / "out").exists()
+    train(choose(teacher="no-samples", tail="bucket", top_k=3, max_steps=1))
+    train(_config(teacher, tmp_path / "prior", teacher="no-samples", tail="prior", top_k=4, max_steps=1))
+    assert _lines(tmp_path / "prior" / "metrics.jsonl")[0]["kl_is"] == "lower bound"
+
+
+def test_a_student_that_leaks_between_documents_is_refused(teacher: Teacher, tmp_path: Path) -> None:
+    mamba = StudentConfig(model_type="mamba", config='{"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}')
+    settings: dict[str, Any] = {"student": mamba, "max_steps": 1, "teacher": teacher.name}
+    with pytest.raises(StudentError, match=r"MambaForCausalLM: .*--layout documents"):
+        train(_config(teacher, tmp_path / "leaks", **settings))
+    trainer = train(_config(teacher, tmp_path / "documents", layout="documents", **settings))
+    assert trainer is not None
+    assert trainer.state.global_step == 1
