@@ -23,6 +23,7 @@ Legend: T positions, K kept tokens, m samples, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +44,7 @@ KL_BUDGET = 9.7e-6
 MAX_STEP = 1 / 4
 """Nats; the widest level step at probabilities above exp(-64)."""
 _KEPT_MANTISSA = 13
+_DECODE_POSITIONS = 1024  # so that a block's arrays stay in the processor's cache
 SCALARS = ("log_tail", "tail_entropy", "log_target", "log_not_target")
 
 
@@ -135,9 +137,7 @@ class Codec:
         self._token_of_rank = order.astype(np.int32)
         self._rank_of_token = np.empty(len(order), dtype=np.int64)
         self._rank_of_token[order] = np.arange(len(order))
-        self._levels = levels.astype(np.float32)
-        self._minus_levels = -self._levels
-        self._weights = np.exp(-levels.astype(np.float64)).astype(np.float32)
+        self._minus_levels = -levels.astype(np.float32)
         self._midpoints = (levels[1:].astype(np.float64) / 2 + levels[:-1].astype(np.float64) / 2).astype(np.float32)
         self.id_type = self.id_type_for(len(order))
         self.gap_type = self.gap_type_for(len(levels))
@@ -192,33 +192,45 @@ class Codec:
         Raises:
           CorruptError: a code lies outside its table (the checksums matched, so it was written so).
         """
-        codes, gaps = stored["token_codes"], stored["logprob_gaps"]
         scalars = {name: stored[name].astype(np.float32, copy=False) for name in SCALARS}
-        levels = np.cumsum(gaps, axis=1, dtype=np.int32)
-        ranks = codes.astype(np.int32)
-        for k in range(2, ranks.shape[1]):
-            ranks[:, k] += ranks[:, k - 1] * (gaps[:, k] == 0)
+        num, top_k = stored["token_codes"].shape
         samples = stored.get("tail_sample_codes")
-        sample_ranks = (
-            np.cumsum(samples, axis=1, dtype=np.int32) if samples is not None else np.empty((len(ranks), 0), np.int32)
-        )
-        self._check(levels, len(self._levels), f"{where}, logprob_gaps")
-        self._check(ranks, len(self._token_of_rank), f"{where}, token_codes")
-        self._check(sample_ranks, len(self._token_of_rank), f"{where}, tail_sample_codes")
+        token_ids = np.empty((num, top_k), np.int32)
+        logprobs = np.empty((num, top_k), np.float32)
+        tail_samples = np.empty((num, 0 if samples is None else samples.shape[1]), np.int32)
         head_mass = -np.expm1(scalars["log_tail"].astype(np.float64))
-        share = np.take(self._weights, levels).sum(axis=1, dtype=np.float64)
-        logprobs = np.take(self._minus_levels, levels)
+        for first in range(0, num, _DECODE_POSITIONS):
+            part = slice(first, min(first + _DECODE_POSITIONS, num))
+            gaps_TK = np.ascontiguousarray(stored["logprob_gaps"][part])
+            self._decode_logprobs(gaps_TK, head_mass[part], logprobs[part], where)
+            self._decode_ids(gaps_TK, stored["token_codes"][part], token_ids[part], where)
+            if samples is not None:
+                ranks_Tm = np.cumsum(np.ascontiguousarray(samples[part]), axis=1, dtype=np.intp)
+                self._check(ranks_Tm[:, -1], len(self._token_of_rank), f"{where}, tail_sample_codes")
+                np.take(self._token_of_rank, ranks_Tm, out=tail_samples[part], mode="clip")
+        return Targets(token_ids=token_ids, logprobs=logprobs, tail_samples=tail_samples, **scalars)
+
+    def _decode_logprobs(
+        self, gaps_TK: NDArray[Any], head_mass_T: NDArray[np.float64], out_TK: NDArray[np.float32], where: str
+    ) -> None:
+        levels_TK = np.cumsum(gaps_TK, axis=1, dtype=np.intp)
+        self._check(levels_TK[:, -1], len(self._minus_levels), f"{where}, logprob_gaps")
+        np.take(self._minus_levels, levels_TK, out=out_TK, mode="clip")
+        share_T = np.exp(out_TK).sum(axis=1, dtype=np.float64)
         with np.errstate(divide="ignore"):
-            logprobs += (np.log(head_mass) - np.log(share)).astype(np.float32)[:, None]
-        return Targets(
-            token_ids=np.take(self._token_of_rank, ranks),
-            logprobs=logprobs,
-            tail_samples=np.take(self._token_of_rank, sample_ranks),
-            **scalars,
-        )
+            out_TK += (np.log(head_mass_T) - np.log(share_T)).astype(np.float32)[:, None]
+
+    def _decode_ids(self, gaps_TK: NDArray[Any], codes_TK: NDArray[Any], out_TK: NDArray[np.int32], where: str) -> None:
+        """A code counts from the start of its run of equal levels: subtract what had been summed up before it."""
+        sums_TK = np.cumsum(codes_TK, axis=1, dtype=np.intp)
+        before_TK = sums_TK - codes_TK
+        before_TK[:, 2:] *= gaps_TK[:, 2:] != 0
+        sums_TK -= np.maximum.accumulate(before_TK, axis=1)
+        self._check(sums_TK, len(self._token_of_rank), f"{where}, token_codes")
+        np.take(self._token_of_rank, sums_TK, out=out_TK, mode="clip")
 
     @staticmethod
-    def _check(codes: NDArray[np.int32], size: int, where: str) -> None:
+    def _check(codes: NDArray[np.intp], size: int, where: str) -> None:
         if codes.size and (int(codes.max()) >= size or int(codes.min()) < 0):
             raise CorruptError(
                 f"{where}: expected codes from 0 to {size - 1}, found {codes.min()} to {codes.max()}; "
