@@ -213,7 +213,8 @@ def _turn_span(
     first = _turn_start(tokenizer, messages, tools, index, text, header, place)
     turn = so_far[first:]
     if closing is None or not turn.endswith(closing):
-        ends_in_token = any(turn.rstrip().endswith(token) for token in tokenizer.all_special_tokens)
+        added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+        ends_in_token = any(turn.rstrip().endswith(token) for token in added)
     else:
         ends_in_token = bool(closing.strip())
     return first, first + len(turn.rstrip() if ends_in_token else turn)

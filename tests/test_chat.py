@@ -140,7 +140,6 @@ def test_tool_calls_are_supervised_from_the_prompt_to_the_end() -> None:
     )
     assert "tool_calls" not in chat[0]
     tokenizer = tokenizer_with(template)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     assert supervised_text(tokenizer, chat) == ["call sat<|im_end|>", "on<|im_end|>"]
 
 
