@@ -222,7 +222,7 @@ def _report(
     if train.documents == 0:
         notes.append("every document fell on the held-out side: nothing to train on; lower --held-out")
     if without := train.rows_without_target + held_out.rows_without_target:
-        notes.append(f"{without:,} rows have no position with a target")
+        notes.append(f"rows in which no position has a target: {without:,}")
     return {
         "records": reading.records,
         "empty_documents": reading.empty,
