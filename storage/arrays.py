@@ -8,18 +8,21 @@ it back. Only standard codecs are used: transpose, bytes, blosc (zstd), crc32c, 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 from tailcache.storage.errors import CorruptError
 from zarr.abc.codec import BytesBytesCodec
+from zarr.abc.store import ByteRequest
 from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec
-from zarr.core.buffer import default_buffer_prototype
+from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore
 
@@ -102,6 +105,45 @@ class ArraySpec:
         self._create(store, len(values))[:] = values
         return _get(store, self.object_path(0).removeprefix(self.name + "/"))
 
+    def chunk_seal(self, data: bytes | Path) -> str:
+        """One hash over an object's index and the checksums of its chunks, from a few bytes of it.
+
+        An object ends with its index (offset and length of each chunk, and their CRC-32C), and each chunk ends with
+        its own CRC-32C. Reading a chunk verifies both, but nothing in them says *which* object they belong to: an
+        object put in the place of another of the same size would be read as if it were that one. Whoever compares
+        this hash with the recorded one knows, without reading the rest, that every chunk it then decodes is the one
+        that was written there.
+
+        Args:
+          data: the object's bytes, or the file.
+        """
+        with io.BytesIO(data) if isinstance(data, bytes) else open(data, "rb") as file:
+            return self._chunk_seal(file)
+
+    def _chunk_seal(self, file: BinaryIO) -> str:
+        num_chunks = self.shard // self.chunk
+        size = file.seek(0, io.SEEK_END)
+        file.seek(max(0, size - 16 * num_chunks - 4))
+        index = file.read()
+        digest = hashlib.sha256(index)
+        for offset, length in np.frombuffer(index[: len(index) // 16 * 16], "<u8").reshape(-1, 2).tolist():
+            if length >= 4 and offset + length <= size:  # slots that are not stored have the largest uint64 for both
+                file.seek(offset + length - 4)
+                digest.update(file.read(4))
+        return digest.hexdigest()
+
+
+class _WholeStore(LocalStore):
+    """A folder whose objects must all be there: zarr would read a missing one as fill values."""
+
+    async def get(
+        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        value = await super().get(key, prototype, byte_range)
+        if (value is None or len(value) == 0) and key.startswith("c/"):
+            raise FileNotFoundError(f"{self.root / key}: missing or cut short")
+        return value
+
 
 def _get(store: MemoryStore, key: str) -> bytes | None:
     async def get() -> bytes | None:
@@ -125,7 +167,7 @@ def open_array(path: Path) -> zarr.Array[Any]:
       CorruptError: its ``zarr.json`` is missing or cannot be understood.
     """
     try:
-        return zarr.open_array(LocalStore(path, read_only=True), mode="r", zarr_format=3)
+        return zarr.open_array(_WholeStore(path, read_only=True), mode="r", zarr_format=3)
     except Exception as error:  # zarr raises many kinds on a damaged zarr.json
         raise CorruptError(
             f"{path}: expected a zarr v3 array, found none that can be opened ({type(error).__name__}: {error}); "

@@ -156,17 +156,21 @@ class Codec:
         """The stored arrays of some positions, by field.
 
         Raises:
-          TeacherError: a log-probability is not finite or above 0, or the tokens are not most likely first.
+          TeacherError: a log-probability is not finite or above 0, the tokens are not most likely first, the tail
+            has all of the mass, or a scalar is NaN.
         """
         logprobs = targets.logprobs
         head_scale = targets.log_tail
         bad = ~np.isfinite(logprobs).all(axis=1) | (np.diff(logprobs, axis=1) > 0).any(axis=1)
-        bad |= np.isnan(head_scale) | (logprobs[:, 0] > 1e-3)
+        bad |= ~(head_scale < 0) | (logprobs[:, 0] > 1e-3)  # a log tail of 0 would leave nothing for the head
+        for name in SCALARS[1:]:
+            bad |= np.isnan(getattr(targets, name))
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
             raise TeacherError(
                 f"target {row} of those to be stored: expected finite log-probabilities, at most 0, most likely "
-                f"first; found {logprobs[row][:8]} … with log tail {head_scale[row]}"
+                f"first, a log tail below 0 and no NaN; found {logprobs[row][:8]} … with "
+                + ", ".join(f"{name} {getattr(targets, name)[row]}" for name in SCALARS)
             )
         levels = np.searchsorted(self._midpoints, np.maximum(-logprobs, 0)).astype(np.int64)
         gaps = np.diff(levels, axis=1, prepend=0)

@@ -21,7 +21,9 @@ Legend: N tokens, R rows, V vocabulary.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -41,6 +43,7 @@ from tailcache.storage.errors import (
     IncompleteError,
     MismatchError,
     NotFoundError,
+    StorageError,
 )
 from tailcache.storage.sealed import canonical, seal, unseal
 
@@ -114,6 +117,7 @@ class _Column:
     spec: ArraySpec
     group: Path
     checksums: dict[str, str]
+    chunk_seals: dict[str, str]
     pieces: list[NDArray[Any]] = field(default_factory=list)
     buffered: int = 0
     written: int = 0
@@ -136,6 +140,7 @@ class _Column:
             durable.make_folder((self.group / name).parent)
             durable.write_file(self.group / name, data)
             self.checksums[name] = durable.sha256(data)
+            self.chunk_seals[name] = self.spec.chunk_seal(data)
         self.written += len(now)
 
 
@@ -147,7 +152,7 @@ class CorpusWriter:
       vocab_size: number of real token ids V; every token must be below it.
 
     Raises:
-      MismatchError: the cache has a corpus already.
+      MismatchError: the cache has a corpus already, or another process is writing one.
       StorageError: the place cannot be written.
     """
 
@@ -162,11 +167,16 @@ class CorpusWriter:
             raise DataError(f"vocabulary size: expected 1 to 2^31, found {vocab_size}")
         self._vocab_size = vocab_size
         self._group = self._final.with_name("corpus" + durable.TEMPORARY)
-        durable.remove_tree(self._group)
+        if self._group.is_dir():
+            os.close(_lock_folder(self._group))  # whoever left it is dead
+            durable.remove_tree(self._group)
         durable.make_folder(self._group)
+        self._lock = _lock_folder(self._group)
         self._checksums: dict[str, str] = {}
+        self._chunk_seals: dict[str, str] = {}
         self._columns = {
-            name: _Column(spec, self._group, self._checksums) for name, spec in corpus_arrays(vocab_size).items()
+            name: _Column(spec, self._group, self._checksums, self._chunk_seals)
+            for name, spec in corpus_arrays(vocab_size).items()
         }
         self._digests = {
             name: hashlib.sha256() for name in ("tokens", "document_start", "supervised", "row_lengths", "held_out")
@@ -212,6 +222,11 @@ class CorpusWriter:
             raise DataError(
                 f"{where}, token {bad[0]}: expected an id from 0 to {self._vocab_size - 1}, found {tokens[bad[0]]}; "
                 "the text was tokenised with another tokenizer than the one given"
+            )
+        if document_start.shape != tokens.shape or wanted.shape != tokens.shape:
+            raise DataError(
+                f"{where}: expected one flag of each kind per token, {len(tokens)}; found document_start of shape "
+                f"{document_start.shape} and wanted of shape {wanted.shape}"
             )
         supervised = supervise_next(wanted, np.array([0, len(tokens)]), document_start)
         self.num_rows += 1
@@ -271,7 +286,7 @@ class CorpusWriter:
         self._write("zarr.json", group_metadata({"tailcache": attributes}))
         for name, data in sorted(tokenizer_files.items()):
             self._write(f"tokenizer/{name}", data)
-        checksums = seal({"files": self._checksums})
+        checksums = seal({"files": self._checksums, "chunks": self._chunk_seals})
         durable.write_file(self._group / "checksums.json", checksums)
         parts = {name: digest.hexdigest() for name, digest in self._digests.items()}
         manifest = {
@@ -289,7 +304,7 @@ class CorpusWriter:
         }
         durable.write_file(self._group / "manifest.json", seal(manifest))
         durable.promote_folder(self._group, self._final)
-        self._open = False
+        self._close()
         return Corpus(self._final)
 
     def _write(self, name: str, data: bytes) -> None:
@@ -301,14 +316,38 @@ class CorpusWriter:
     def abort(self) -> None:
         """Delete what was written; nothing was visible."""
         if self._open:
-            durable.remove_tree(self._group)
-            self._open = False
+            try:
+                durable.remove_tree(self._group)
+            finally:
+                self._close()
+
+    def _close(self) -> None:
+        os.close(self._lock)
+        self._open = False
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.abort()
+
+
+def _lock_folder(folder: Path) -> int:
+    """Keep other processes from writing below a folder, until the descriptor is closed or this process ends."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise StorageError(error.errno, f"{folder}: cannot be opened: {error.strerror}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise MismatchError(
+            f"{folder}: another process is writing this corpus; wait for it, or choose another cache"
+        ) from error
+    except OSError:
+        pass  # a file system without locks: there, two writers are not noticed
+    return descriptor
 
 
 class Corpus:
@@ -356,6 +395,14 @@ class Corpus:
         self._arrays: dict[str, zarr.Array[Any]] = {}
         self._present: set[tuple[str, int]] = set()
 
+    @cached_property
+    def _checksums(self) -> dict[str, dict[str, str]]:
+        path = self.path / "checksums.json"
+        data = path.read_bytes() if path.is_file() else b""
+        if durable.sha256(data) != self.manifest["checksums"]:
+            raise CorruptError(f"{path}: missing or not what was written; restore it from a copy")
+        return unseal(data, str(path))
+
     def read(self, name: str, first: int, last: int) -> NDArray[Any]:
         """``array[first:last]`` of one array, checked against its checksums on the way.
 
@@ -363,6 +410,11 @@ class Corpus:
           CorruptError: an object is missing or damaged.
         """
         if name not in self._arrays:
+            path = self.path / name / "zarr.json"
+            if not path.is_file() or durable.sha256(path.read_bytes()) != self._checksums["files"].get(
+                f"{name}/zarr.json"
+            ):
+                raise CorruptError(f"{path}: missing or not what was written; restore it from a copy")
             self._arrays[name] = open_array(self.path / name)
         spec = self._specs[name]
         if last > self._arrays[name].shape[0]:
@@ -372,10 +424,16 @@ class Corpus:
             )
         for shard in range(first // spec.shard, -(-last // spec.shard)):
             if (name, shard) not in self._present:
-                if not (self.path / spec.object_path(shard)).is_file():
+                file = spec.object_path(shard)
+                if not (self.path / file).is_file():
                     raise CorruptError(
-                        f"{self.path / spec.object_path(shard)}: missing; run `tailcache verify`, then restore it "
-                        "from a copy"
+                        f"{self.path / file}: missing; run `tailcache verify`, then restore it from a copy"
+                    )
+                expected = self._checksums.get("chunks", {}).get(file)
+                if expected is not None and spec.chunk_seal(self.path / file) != expected:
+                    raise CorruptError(
+                        f"{self.path / file}: not the object that was written there; run `tailcache verify`, then "
+                        "restore it from a copy"
                     )
                 self._present.add((name, shard))
         return read_slice(self._arrays[name], first, last, lambda: f"corpus {self.path}, {name}[{first}:{last}]")

@@ -1,9 +1,9 @@
 """Open a cache and read it: ``open_cache(path)`` gives the corpus and the teachers. NumPy in, NumPy out.
 
 Opening reads a few small records and lists nothing but the names of the teachers. A shard's commit record is read
-when the shard is first touched; its objects must have the sizes written there, and every chunk that is decoded
-must match its checksum. A damaged or missing object is an error that names the shard and the field; it is never
-read as zeros.
+when the shard is first touched; its objects must have the sizes and the chunk checksums written there, and every chunk
+that is decoded must match its checksum. A damaged, missing or misplaced object is an error that names the shard and the
+field; it is never read as zeros.
 """
 
 from __future__ import annotations
@@ -82,17 +82,23 @@ class Teacher:
         self.corpus = corpus
         self.path = corpus.path.parent / "teachers" / name
         if not (self.path / "manifest.json").is_file():
+            if (self.path / "complete.json").exists() or (self.path / commit_path(0)).exists():
+                raise CorruptError(f"{self.path / 'manifest.json'}: missing; restore it from a copy")
+            if self.path.is_dir():
+                raise IncompleteError(
+                    f"{self.path}: its capture stopped before the first shard; run the same `tailcache capture` again"
+                )
             known = ", ".join(Cache(path=corpus.path.parent, corpus=corpus).teacher_names) or "none"
             raise NotFoundError(f"{corpus.path.parent}: expected a teacher named {name!r}, found {known}")
         data = (self.path / "manifest.json").read_bytes()
         self.manifest = unseal(data, str(self.path / "manifest.json"))
         self._manifest_seal = sha256(data)
+        self.layout = Layout.from_attributes(self.manifest["layout"], str(self.path / "manifest.json"))
         if self.manifest["corpus_hash"] != corpus.hash:
             raise MismatchError(
                 f"{self.path}: captured over the corpus {self.manifest['corpus_hash'][:12]}…, but the cache has "
                 f"{corpus.hash[:12]}…; put the teacher back beside its own corpus, or capture it again"
             )
-        self.layout = Layout.from_attributes(self.manifest["layout"], str(self.path / "manifest.json"))
         complete_path = self.path / "complete.json"
         if not complete_path.is_file():
             raise IncompleteError(
@@ -125,10 +131,11 @@ class Teacher:
 
         All zeros where the tail is empty everywhere (K = V).
         """
-        file = self.layout.constants()["mean_tail"].object_path(0)
-        path = self.path / file
-        if not path.is_file() or sha256(path.read_bytes()) != self.complete["files"].get(file):
-            raise CorruptError(f"{path}: missing or not what was written; restore it from a copy")
+        known = {**self.manifest["files"], **self.complete["files"]}
+        for file in ("mean_tail/zarr.json", self.layout.constants()["mean_tail"].object_path(0)):
+            path = self.path / file
+            if not path.is_file() or sha256(path.read_bytes()) != known.get(file):
+                raise CorruptError(f"{path}: missing or not what was written; restore it from a copy")
         return read_slice(open_array(self.path / "mean_tail"), 0, self.vocab_size, lambda: f"{self.path}, mean_tail")
 
     @cached_property
@@ -158,13 +165,19 @@ class Teacher:
         files = self.commit(shard)["files"]
         for name, spec in self._fields.items():
             file = spec.object_path(shard)
-            expected = files.get(file, {}).get("bytes")
+            entry = files.get(file, {})
+            expected = entry.get("bytes")
             path = self.path / file
             found = path.stat().st_size if path.is_file() else None
             if expected != found:
                 raise CorruptError(
                     f"teacher {self.name!r}, shard {shard}, field {name}: expected {path} to have {expected} bytes, "
                     f"found {'no file' if found is None else found}; restore it from a copy or capture again"
+                )
+            if "chunks" in entry and spec.chunk_seal(path) != entry["chunks"]:
+                raise CorruptError(
+                    f"teacher {self.name!r}, shard {shard}, field {name}: {path} is not the object that was committed; "
+                    "restore it from a copy or capture again"
                 )
         self._checked.add(shard)
 

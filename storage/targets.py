@@ -124,7 +124,7 @@ class TargetsWriter:
         try:
             self._manifest_seal, self._codec = self._resume()
             self.num_committed = self._count_commits() if self._manifest_seal else 0
-            self.complete = (self.path / "complete.json").is_file()
+            self.complete = self._check_complete()
             self._tail_sum = self._load_tail_sum()
             self.bytes_written = self._committed_bytes()
         except BaseException:
@@ -166,6 +166,22 @@ class TargetsWriter:
         if commit["manifest"] != self._manifest_seal or commit["shard"] != shard:
             raise CorruptError(f"{path}: this commit record belongs to another capture or shard; restore the right one")
         return commit
+
+    def _check_complete(self) -> bool:
+        path = self.path / "complete.json"
+        if not path.is_file():
+            return False
+        if self.num_committed < self.layout.num_shards:
+            raise CorruptError(
+                f"{self.path / commit_path(self.num_committed)}: missing, though the capture was complete; restore it "
+                "from a copy, or delete the teacher and capture again"
+            )
+        record = unseal(path.read_bytes(), str(path))
+        if record["manifest"] != self._manifest_seal or record["commits"] != commit_chain(
+            self.path, self.num_committed
+        ):
+            raise CorruptError(f"{path}: belongs to another manifest or other commit records; restore the right one")
+        return True
 
     def _committed_bytes(self) -> int:
         return sum(
@@ -224,10 +240,14 @@ class TargetsWriter:
             spec = self.layout.fields()[name]
             data = spec.encode(values)
             if data is not None:
-                files[spec.object_path(shard)] = {"sha256": durable.sha256(data), "bytes": len(data)}
+                files[spec.object_path(shard)] = {
+                    "bytes": len(data),
+                    "sha256": durable.sha256(data),
+                    "chunks": spec.chunk_seal(data),
+                }
                 self._write_checked(spec.object_path(shard), data)
-        self._tail_sum += tail_sum
-        partial = self._tail_sum.astype("<f8").tobytes()
+        new_sum = self._tail_sum + tail_sum  # kept only once it is committed: a failed write may be tried again
+        partial = new_sum.astype("<f8").tobytes()
         durable.make_folder(self._partial(shard).parent)
         durable.write_file(self._partial(shard), partial)
         commit = {
@@ -245,6 +265,7 @@ class TargetsWriter:
         durable.make_folder((self.path / commit_path(shard)).parent)
         durable.write_file(self.path / commit_path(shard), seal(commit))
         self.num_committed += 1
+        self._tail_sum = new_sum
         if shard:
             durable.remove_tree(self._partial(shard - 1))
         written: int = sum(entry["bytes"] for entry in files.values())
@@ -363,11 +384,14 @@ def _lock(path: Path) -> int:
         raise StorageError(error.errno, f"{lock_path}: cannot be opened: {error.strerror}") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         os.close(descriptor)
         raise MismatchError(
             f"{path}: another process is capturing under this name; wait for it, or choose another --name"
         ) from error
+    except OSError as error:
+        os.close(descriptor)
+        raise StorageError(error.errno, f"{lock_path}: the file system has no locks: {error.strerror}") from error
     return descriptor
 
 
