@@ -78,8 +78,9 @@ def summarise_logits(
       scratch_TV: [T, V] float32 to work in; none allocates it.
 
     Returns:
-      The summary, on the logits' device. A row with a NaN or infinite logit has a NaN in ``tail_entropy``,
-      ``log_tail`` or ``logprobs``; the caller checks, so that a GPU need not wait.
+      The summary, on the logits' device. A row with a NaN or infinite logit, or with one so low (below -1e30) that
+      it cannot be told from padding, has a NaN in ``tail_entropy``, ``log_tail`` or ``logprobs``; the caller checks,
+      so that a GPU need not wait.
 
     Cost: about six passes over [T, V]; keep T * V * 8 bytes within the processor's cache.
     """
@@ -113,12 +114,14 @@ def summarise_logits(
         log_total_T = log_head_T
         log_tail_T = torch.full_like(log_head_T, -torch.inf)
         tail_entropy_T = torch.zeros_like(log_head_T)
+        lost_T = head_TK[:, -1] <= MASKED
         samples_Tm = targets_T.new_empty((num, 0))
     else:
         logits_TV.sub_(tail_max_T[:, None])
         exp_TV = torch.exp(logits_TV, out=scratch_TV)
         exp_TBb = exp_TV.view(num, blocks, BLOCK)
         cumulative_TB = exp_TBb.sum(-1).double().cumsum(-1)
+        lost_T = tail_max_T <= MASKED
         tail_T = cumulative_TB[:, -1]
         weighted_T = logits_TV.mul_(exp_TV).view(num, blocks, BLOCK).sum(-1).sum(-1, dtype=torch.float64)
         tail_entropy_T = tail_T.log() - weighted_T / tail_T
@@ -140,7 +143,7 @@ def summarise_logits(
     return HeadSummary(
         token_ids=token_ids_TK,
         logprobs=logprobs_TK.float(),
-        log_tail=log_tail_T.float(),
+        log_tail=log_tail_T.float().masked_fill(lost_T, torch.nan),
         tail_entropy=tail_entropy_T.float(),
         log_target=log_target_T.float(),
         log_not_target=log_not_target_T.float(),
@@ -152,13 +155,14 @@ def _draw(exp_TBb: Tensor, cumulative_TB: Tensor, uniforms_Tm: Tensor) -> Tensor
     """Invert the tail's distribution function: a block by its cumulative sum, then a token in the block.
 
     A token is drawn only if its own mass is positive: the first index whose cumulative sum exceeds the threshold, or,
-    where rounding puts the threshold at the very end, the first index that reaches the total.
+    where rounding puts the threshold at the very end, the first index that reaches the total. A row whose sums are NaN
+    gets some index: that it is no distribution shows in its other fields.
     """
 
     def search(cumulative: Tensor, threshold: Tensor) -> Tensor:
         found = torch.searchsorted(cumulative, threshold, right=True)
         last = torch.searchsorted(cumulative, cumulative[..., -1:].contiguous())
-        return torch.minimum(found, last)
+        return torch.minimum(found, last).clamp_(max=cumulative.shape[-1] - 1)
 
     num, _, _ = exp_TBb.shape
     m = uniforms_Tm.shape[1]
