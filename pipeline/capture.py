@@ -7,12 +7,14 @@ disk that is slower than itself. A failure in either stops both; what is committ
 
 from __future__ import annotations
 
+import json
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from tailcache.pipeline.draws import draw_key, uniforms
 from tailcache.pipeline.head import HeadSummary, summarise_logits
 from tailcache.pipeline.segments import batch_segments
 from tailcache.pipeline.teacher import Teacher, load_teacher, load_teacher_tokenizer, model_revision
+from tailcache.storage.codec import SCALARS
 from tailcache.storage.corpus import Corpus, Rows
 from tailcache.storage.errors import ConfigError, MismatchError, TeacherError
 from tailcache.storage.fingerprint import fingerprint
@@ -62,13 +65,11 @@ class _Records:
 
     @staticmethod
     def empty(num: int, top_k: int, num_samples: int, vocab_size: int) -> _Records:
-        floats = {
-            name: np.empty(num, np.float32) for name in ("log_tail", "tail_entropy", "log_target", "log_not_target")
-        }
+        floats = {name: np.full(num, np.nan, np.float32) for name in SCALARS}  # NaN: not filled, and found out
         targets = Targets(
-            token_ids=np.empty((num, top_k), np.int32),
-            logprobs=np.empty((num, top_k), np.float32),
-            tail_samples=np.empty((num, num_samples), np.int32),
+            token_ids=np.zeros((num, top_k), np.int32),
+            logprobs=np.full((num, top_k), np.nan, np.float32),
+            tail_samples=np.zeros((num, num_samples), np.int32),
             **floats,
         )
         return _Records(targets, np.zeros(vocab_size))
@@ -80,6 +81,8 @@ class _Records:
 
 def _head_chunks(teacher: Teacher, head_positions: int | None) -> tuple[int, int]:
     """Positions per head matmul, and per summary of its logits."""
+    if head_positions is not None and head_positions < 1:
+        raise ConfigError(f"head_positions: expected at least 1, found {head_positions}")
     row_bytes = 4 * teacher.vocab_size
     if teacher.device.type == "cpu":
         return head_positions or _CPU_HEAD_POSITIONS, max(1, _CPU_CACHE_BYTES // (2 * row_bytes))
@@ -125,7 +128,7 @@ def capture_rows(
     device = teacher.device
     tail_sum_V: torch.Tensor | None = None
     scratch: torch.Tensor | None = None
-    for batch in batch_segments(rows, batch_positions):
+    for batch in batch_segments(rows, teacher.batch_limit(batch_positions)):
         hidden_BLD = teacher.hidden(torch.from_numpy(batch.input_ids).to(device))
         hidden_TD = hidden_BLD[torch.from_numpy(batch.segment).to(device), torch.from_numpy(batch.place).to(device)]
         next_T = torch.from_numpy(batch.next_token).to(device)
@@ -168,8 +171,9 @@ def _check_finite(targets: Targets, rows: Rows) -> None:
     row = int(np.searchsorted(rows.offsets, position, side="right")) - 1
     raise TeacherError(
         f"row {rows.row_indices[row]}, token {position - rows.offsets[row]}: expected finite logits for every token of "
-        f"the vocabulary, found NaN or infinity ({int((~good).sum())} such positions in this shard); try --dtype "
-        "float32 or another --attn-implementation, and check the weights. Committed shards stay good"
+        f"the vocabulary, found NaN, infinity or values below -1e30 ({int((~good).sum())} such positions in this "
+        "shard); try --dtype float32 or another --attn-implementation, and check the weights. Committed shards stay "
+        "good"
     )
 
 
@@ -208,7 +212,7 @@ class _WriterThread:
 
 def _check_tokenizer(config: CaptureConfig, corpus: Corpus) -> str:
     """Compare the tokenizer beside the teacher with the corpus' own."""
-    tokenizer = load_teacher_tokenizer(config.teacher, config.revision)
+    tokenizer = load_teacher_tokenizer(config.teacher, config.revision, trust_remote_code=config.trust_remote_code)
     if tokenizer is None:
         return "no tokenizer lies beside the teacher: only the size of its vocabulary was checked"
     expected = corpus.manifest["tokenizer"].get("fingerprint", {})
@@ -255,7 +259,7 @@ def _settings(config: CaptureConfig, teacher: Teacher) -> dict[str, Any]:
     device = torch.cuda.get_device_name(teacher.device) if teacher.device.type == "cuda" else teacher.device.type
     return {
         "weights": teacher.weights_hash(),
-        "model_type": teacher.model.config.model_type,
+        "model": _model_config(teacher),
         "dtype": str(teacher.dtype).removeprefix("torch."),
         "attn_implementation": getattr(teacher.model.config, "_attn_implementation", None),
         "weight_bits": config.weight_bits,
@@ -268,6 +272,14 @@ def _settings(config: CaptureConfig, teacher: Teacher) -> dict[str, Any]:
         "sample_seed": config.sample_seed,
         "versions": _versions(),
     }
+
+
+def _model_config(teacher: Teacher) -> dict[str, Any]:
+    """The model's own configuration: equal weights under other rotary settings or windows are another teacher."""
+    values: dict[str, Any] = json.loads(teacher.model.config.to_json_string(use_diff=False))
+    for name in ("_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype", "use_cache"):
+        values.pop(name, None)
+    return values
 
 
 def capture(config: CaptureConfig, *, teacher: Teacher | None = None, show_progress: bool = True) -> CaptureReport:
@@ -284,6 +296,8 @@ def capture(config: CaptureConfig, *, teacher: Teacher | None = None, show_progr
       StorageError: the disk is full or failing; committed shards stay good, and the same command continues.
     """
     if config.threads is not None:
+        if config.threads < 1:
+            raise ConfigError(f"threads: expected at least 1, found {config.threads}")
         torch.set_num_threads(config.threads)
     corpus = open_cache(config.cache).corpus
     layout = plan_layout(
@@ -308,11 +322,12 @@ def capture(config: CaptureConfig, *, teacher: Teacher | None = None, show_progr
             weight_group=config.weight_group,
             trust_remote_code=config.trust_remote_code,
         )
-        revision = model_revision(config.teacher, config.revision)
+        revision = model_revision(teacher, config.revision)
     _check_lengths(teacher, corpus)
     logits_note = teacher.probe(torch.from_numpy(corpus.rows(0, 1).tokens))
+    path = Path(config.teacher).expanduser()
     provenance = {
-        "teacher": config.teacher.rstrip("/").rsplit("/", 1)[-1] if "/" in config.teacher else config.teacher,
+        "teacher": path.resolve().name if path.exists() else config.teacher,
         "revision": revision,
         "logits": logits_note.split(" (")[0],
         "tokenizer": tokenizer_note,
@@ -367,9 +382,13 @@ def _run(
             )
 
         background = _WriterThread(writer, committed)
+
+        def advanced(positions: int) -> None:
+            bar.update(positions)
+            background.check()  # a full disk stops the teacher at its next batch, not at its next shard
+
         try:
             for shard in _pending(writer, layout):
-                background.check()
                 first, last = layout.shard_rows(shard)
                 targets, tail_sum = capture_rows(
                     teacher,
@@ -380,7 +399,7 @@ def _run(
                     num_samples=layout.num_samples,
                     batch_positions=config.batch_positions,
                     head_positions=config.head_positions,
-                    progress=bar.update,
+                    progress=advanced,
                 )
                 background.put(shard, targets, tail_sum)
         finally:
