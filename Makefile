@@ -1,0 +1,41 @@
+# Two commands on a fresh machine: `make quickstart` and `make test`. Both make and reuse .venv by themselves.
+#
+#   PYTHON=python3.12 make …     another Python (3.11 or later)
+#   PIP_ARGS="--index-url …" make …   options for pip, for instance an index with PyTorch's smaller CPU builds
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+RUN := $(VENV)/bin/python
+
+.PHONY: quickstart test test-fast lint types check bench clean
+
+quickstart: $(VENV)/.ready
+	@echo "== quickstart: prepare, capture two teachers, train three students, compare (results in runs/quickstart)"
+	$(RUN) -m tailcache.scripts.quickstart
+
+test: $(VENV)/.ready
+	@echo "== tests: the whole suite, warnings are errors"
+	$(RUN) -m pytest
+
+test-fast: $(VENV)/.ready
+	$(RUN) -m pytest -m "not slow"
+
+lint: $(VENV)/.ready
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+types: $(VENV)/.ready
+	$(RUN) -m mypy
+
+check: lint types test
+
+bench: $(VENV)/.ready
+	$(RUN) -m tailcache.scripts.bench_capture
+	$(RUN) -m tailcache.scripts.bench_reader
+
+$(VENV)/.ready: pyproject.toml scripts/make_venv.sh
+	@PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" sh scripts/make_venv.sh "$(VENV)"
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,92 @@
+"""What every benchmark here shares: medians, the conditions of a run, and bars that can fail.
+
+Machines are noisy, so a figure is a median of several runs, and what is claimed is a ratio of two things measured in
+turn in one run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Bar", "conditions", "report", "spread"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """A figure that has to be met."""
+
+    name: str
+    value: float
+    limit: float
+    at_most: bool
+
+    @property
+    def met(self) -> bool:
+        """Whether the figure is on the right side of its limit."""
+        return self.value <= self.limit if self.at_most else self.value >= self.limit
+
+    def __str__(self) -> str:
+        sign = "at most" if self.at_most else "at least"
+        return f"{self.name}: {self.value:.4g}, bar {sign} {self.limit:.4g}: {'met' if self.met else 'MISSED'}"
+
+
+def conditions() -> dict[str, Any]:
+    """Where the figures were measured: processor, cores, versions, and the card if there is one."""
+    import numpy
+    import zarr
+
+    processor = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        processor = names[0] if names else processor
+    found: dict[str, Any] = {
+        "processor": processor,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "python": platform.python_version(),
+        "numpy": numpy.__version__,
+        "zarr": zarr.__version__,
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+    if "torch" in sys.modules:
+        import torch
+
+        found |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        if torch.cuda.is_available():
+            found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Smallest, median and largest."""
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def report(name: str, figures: dict[str, Any], bars: Sequence[Bar], *, json_path: Path | None, check: bool) -> None:
+    """Print figures and bars, write them as JSON, and exit with status 1 where ``check`` is set and a bar is missed."""
+    where = conditions()
+    record: dict[str, Any] = {"benchmark": name, "figures": figures, "conditions": where}
+    record["bars"] = [
+        {"name": b.name, "value": b.value, "limit": b.limit, "at_most": b.at_most, "met": b.met} for b in bars
+    ]
+    print(json.dumps(figures, indent=1))
+    print(", ".join(f"{key} {value}" for key, value in where.items()))
+    for bar in bars:
+        print(bar)
+    if json_path is not None:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(record, indent=1) + "\n")
+    missed = [bar.name for bar in bars if not bar.met]
+    if check and missed:
+        print(f"{name}: missed {', '.join(missed)}", file=sys.stderr)
+        sys.exit(1)
