@@ -161,7 +161,7 @@ class Codec:
         """
         logprobs = targets.logprobs
         head_scale = targets.log_tail
-        bad = ~np.isfinite(logprobs).all(axis=1) | (np.diff(logprobs, axis=1) > 0).any(axis=1)
+        bad = ~np.isfinite(logprobs).all(axis=1) | (logprobs[:, 1:] > logprobs[:, :-1]).any(axis=1)
         bad |= ~(head_scale < 0) | (logprobs[:, 0] > 1e-3)  # a log tail of 0 would leave nothing for the head
         for name in SCALARS[1:]:
             bad |= np.isnan(getattr(targets, name))
