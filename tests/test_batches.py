@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -25,9 +26,15 @@ from tailcache.trainers.batches import (
 )
 from tailcache.trainers.forward import check_documents_kept_apart, default_layout, target_logits
 from torch import nn
-from training_fixtures import LLAMA, logprobs_of, make_cache, tiny_model
+from training_fixtures import LLAMA, logprobs_of, make_cache, one_thread, tiny_model
 
 LAYOUTS: list[Layout] = ["rows", "flat", "documents"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,11 +30,17 @@ from tailcache.trainers.config import StudentConfig, TrainConfig
 from tailcache.trainers.distill import DistillTrainer, training_arguments
 from tailcache.trainers.objective import Objective
 from tailcache.trainers.run import train
-from training_fixtures import logprobs_of, make_cache, make_corpus, tiny_model, write_teacher
+from training_fixtures import logprobs_of, make_cache, make_corpus, one_thread, tiny_model, write_teacher
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 SMALL = StudentConfig(hidden_size=32, num_layers=2, num_heads=2)
 KL = Objective(loss="kd", clm_weight=0.0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -469,16 +476,14 @@ def test_a_finished_run_can_be_prolonged(teacher: Teacher, tmp_path: Path) -> No
 # ---- several processes ----
 
 TWO_PROCESSES = """
-import sys
+import json, sys
 from pathlib import Path
 from tailcache.trainers.config import StudentConfig, TrainConfig
 from tailcache.trainers.run import train
 
-cache, out, rows, accumulation = sys.argv[1:]
+settings = json.loads(sys.argv[3])
 train(TrainConfig(
-    cache=Path(cache), out=Path(out), student=StudentConfig(hidden_size=32, num_layers=2, num_heads=2),
-    batch_rows=int(rows), gradient_accumulation=int(accumulation), max_steps=3, eval_every=3, log_every=1,
-    device="cpu", learning_rate=1e-3,
+    cache=Path(sys.argv[1]), out=Path(sys.argv[2]), student=StudentConfig(**settings.pop("student")), **settings
 ))
 """
 
@@ -486,17 +491,31 @@ train(TrainConfig(
 @pytest.mark.slow
 def test_two_processes_train_like_one(teacher: Teacher, tmp_path: Path) -> None:
     """DDP over gloo: the positions of both are counted, their gradients averaged back to the sum."""
+    settings: dict[str, Any] = {"max_steps": 3, "eval_every": 3, "log_every": 1, "learning_rate": 1e-3, "device": "cpu"}
+    train(_config(teacher, tmp_path / "one", batch_rows=6, **settings))
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
-    cache = str(teacher.corpus.path.parent)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for command in (
-        [*launch, str(script), cache, str(tmp_path / "two"), "3", "1"],
-        [sys.executable, str(script), cache, str(tmp_path / "one"), "6", "1"],
-    ):
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-3000:]
+    student = {"hidden_size": SMALL.hidden_size, "num_layers": SMALL.num_layers, "num_heads": SMALL.num_heads}
+    text = json.dumps({**settings, "batch_rows": 3, "student": student})
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            str(script),
+            str(teacher.corpus.path.parent),
+            str(tmp_path / "two"),
+            text,
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
     for name, fields in (
         ("training.jsonl", ("loss", "clm", "divergence", "grad_norm", "positions_seen")),
         ("metrics.jsonl", ("cross_entropy", "kl", "top1_agreement", "positions", "positions_seen")),

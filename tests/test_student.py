@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,15 @@ from tailcache.storage.errors import ConfigError, MismatchError, StudentError
 from tailcache.trainers.config import StudentConfig, TrainConfig
 from tailcache.trainers.student import build_student, longest_row
 from tokenizer_fixtures import build_tokenizer
-from training_fixtures import make_corpus, tiny_model
+from training_fixtures import make_corpus, one_thread, tiny_model
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_layers": 2, "num_heads": 2}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -49,9 +49,7 @@ def test_student_terms_are_what_they_say(kind: str, top_k: int) -> None:
         assert_close(terms.logprobs[t].exp().tolist(), [q[i] for i in stored], FLOAT64)
         assert_close(math.exp(terms.log_beyond[t]), reference.mass(q, beyond), FLOAT64)
         assert_close(math.exp(terms.log_target[t]), q[int(case.next_tokens[t])], FLOAT64)
-        assert_close(
-            terms.prior_logprob[t].item(), math.fsum(w * math.log(q[i]) for i, w in hat.items()), FLOAT64
-        )
+        assert_close(terms.prior_logprob[t].item(), math.fsum(w * math.log(q[i]) for i, w in hat.items()), FLOAT64)
         samples = case.teacher.tail_samples[t].tolist()
         assert_close(terms.sample_logprobs[t].exp().tolist(), [q[i] for i in samples], FLOAT64)
 
@@ -229,6 +227,15 @@ def test_weighted_guards_value_and_gradient() -> None:
     assert product.tolist() == [2.0, 0.0, 0.0, 0.0]
     (gradient,) = torch.autograd.grad(product.sum(), value)
     assert gradient.tolist() == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_a_second_derivative_is_refused() -> None:
+    case = make_case("random")
+    logits = case.logits.clone().requires_grad_()
+    value = forward_kl(case.teacher, student_terms(logits, case.teacher, case.next_tokens), TAILS["sampled"])
+    (gradient,) = torch.autograd.grad(value.sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()  # type: ignore[no-untyped-call]
 
 
 def test_unknown_and_impossible_tails_are_refused_with_the_reason() -> None:

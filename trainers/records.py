@@ -136,11 +136,10 @@ def refuse_existing(out: Path) -> None:
     Raises:
       ConfigError: OUT holds a run.
     """
-    for name in (RECORD, "metrics.jsonl"):
-        if (out / name).exists() or last_checkpoint(out) is not None:
-            raise ConfigError(
-                f"out: {out} already holds a training run; continue it with --resume, or choose another folder"
-            )
+    if any((out / name).exists() for name in (RECORD, "metrics.jsonl")) or last_checkpoint(out) is not None:
+        raise ConfigError(
+            f"out: {out} already holds a training run; continue it with --resume, or choose another folder"
+        )
 
 
 class JsonLines:

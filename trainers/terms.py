@@ -14,10 +14,12 @@ Legend: T target positions, V vocabulary, K kept by the teacher, m tail samples.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tailcache.storage.errors import MismatchError
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = ["StudentTerms", "TeacherTerms", "student_terms", "weighted"]
 
@@ -112,8 +114,7 @@ def student_terms(
     Raises:
       MismatchError: the logits are narrower than the vocabulary, or of another number of positions.
 
-    Cost: one pass over [T, V] for Z, one more and one copy of [T, V] for ``log_beyond``, likewise for the
-      prior.
+    Cost: one copy of [T, V] held until the backward, whatever is asked for; one more for the prior.
     """
     num_positions, width = logits_TV.shape
     vocab_size = teacher.vocab_size
@@ -125,20 +126,23 @@ def student_terms(
     logits_TV = logits_TV[:, :vocab_size]
     if logits_TV.dtype not in (torch.float32, torch.float64):
         logits_TV = logits_TV.float()
-    log_z_T = torch.logsumexp(logits_TV, dim=-1)
-
-    # One gather, so that its backward makes one dense [T, V] buffer and not three.
-    ids = torch.cat([teacher.token_ids, teacher.tail_samples, next_tokens_T[:, None]], dim=-1)
-    logprobs, sample_logprobs, log_target = torch.split(
-        logits_TV.gather(-1, ids) - log_z_T[:, None], [teacher.top_k, teacher.num_samples, 1], dim=-1
-    )
-
+    # One gather for all ids, so that its backward is one scatter.
+    gathered_ids = torch.cat([teacher.token_ids, teacher.tail_samples, next_tokens_T[:, None]], dim=-1)
+    excluded_ids = teacher.token_ids if want_beyond and teacher.has_tail else teacher.token_ids[:, :0]
+    reduce: Any = _LogSumExpExcept.apply
+    log_rest_T, gathered = reduce(logits_TV, excluded_ids, gathered_ids)
     log_beyond_T = None
-    if want_beyond and teacher.has_tail:
-        beyond_TV = logits_TV.scatter(-1, teacher.token_ids, -torch.inf)
-        log_beyond_T = torch.logsumexp(beyond_TV, dim=-1) - log_z_T
-    elif want_beyond:
-        log_beyond_T = torch.full_like(log_z_T, -torch.inf, requires_grad=False)
+    if excluded_ids.shape[-1]:
+        # Z in positive parts: the head's ids are distinct, and the rest is summed already.
+        log_z_T = torch.logsumexp(torch.cat([gathered[:, : teacher.top_k], log_rest_T[:, None]], dim=-1), dim=-1)
+        log_beyond_T = log_rest_T - log_z_T
+    else:
+        log_z_T = log_rest_T
+        if want_beyond:
+            log_beyond_T = torch.full_like(log_z_T, -torch.inf, requires_grad=False)
+    logprobs, sample_logprobs, log_target = torch.split(
+        gathered - log_z_T[:, None], [teacher.top_k, teacher.num_samples, 1], dim=-1
+    )
 
     prior_logprob_T = None
     if prior_V is not None and teacher.has_tail:
@@ -153,6 +157,29 @@ def student_terms(
         log_beyond=log_beyond_T,
         prior_logprob=prior_logprob_T,
     )
+
+
+class _LogSumExpExcept(torch.autograd.Function):
+    """Log-sum-exp over the vocabulary minus some ids, and the logits at some ids: all that a loss asks of [T, V].
+
+    Holds one buffer of the logits' size, the exponentials, from forward to backward, and makes one more for the
+    gradient; autograd's own operations would make five.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_TV: Tensor, excluded_TE: Tensor, gathered_TG: Tensor) -> tuple[Tensor, Tensor]:
+        exponentials_TV = logits_TV.scatter(-1, excluded_TE, -torch.inf)
+        largest_T1 = exponentials_TV.amax(-1, keepdim=True)
+        sums_T1 = exponentials_TV.sub_(largest_T1).exp_().sum(-1, keepdim=True)
+        ctx.save_for_backward(exponentials_TV, sums_T1, gathered_TG)
+        return (largest_T1 + sums_T1.log())[:, 0], logits_TV.gather(-1, gathered_TG)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_T: Tensor, grad_TG: Tensor) -> tuple[Tensor, None, None]:
+        exponentials_TV, sums_T1, gathered_TG = ctx.saved_tensors
+        gradient_TV = exponentials_TV * (grad_T[:, None] / sums_T1)
+        return gradient_TV.scatter_add_(-1, gathered_TG, grad_TG), None, None
 
 
 def weighted(log_weight: Tensor, value: Tensor) -> Tensor:
