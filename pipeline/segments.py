@@ -27,7 +27,7 @@ class Batch:
     """
 
     input_ids: NDArray[np.int64]
-    """[B, L] token ids, 0 where padded."""
+    """[B, L] token ids; after its own tokens a segment is padded with its last one, so that nothing foreign is read."""
     segment: NDArray[np.int64]
     """[T] which of the B segments each target is in."""
     place: NDArray[np.int64]
@@ -73,6 +73,7 @@ def batch_segments(rows: Rows, batch_positions: int) -> Iterator[Batch]:
         for b, s in enumerate(chosen):
             start, length = starts[numbers[s]], lengths[s]
             input_ids[b, :length] = rows.tokens[start : start + length]
+            input_ids[b, length:] = input_ids[b, length - 1]
             own = np.arange(first_T[s], first_T[s] + counts[s])
             segment.append(np.full(len(own), b))
             place.append(positions_T[own] - start)
