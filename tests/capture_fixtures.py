@@ -112,7 +112,7 @@ def write_corpus(
                 begin = end
             held_out = bool(held_out_every) and number % held_out_every == 1
             writer.append(tokens, starts, wanted, held_out=held_out)
-        described = {"vocab_size": vocab_size}
+        described: dict[str, Any] = {"vocab_size": vocab_size}
         if tokenizer is not None:
             described["fingerprint"] = fingerprint(tokenizer)
         return writer.finish(tokenizer_files={}, tokenizer=described, source={}, recipe={}, report={})
