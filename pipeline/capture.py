@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tqdm import tqdm
+
 from tailcache.pipeline.config import CaptureConfig
 from tailcache.pipeline.draws import draw_key, uniforms
 from tailcache.pipeline.head import HeadSummary, summarise_logits
@@ -32,7 +34,6 @@ from tailcache.storage.fingerprint import fingerprint
 from tailcache.storage.layout import Layout
 from tailcache.storage.reader import open_cache
 from tailcache.storage.targets import Targets, TargetsWriter, plan_layout
-from tqdm import tqdm
 
 __all__ = ["CaptureReport", "capture", "capture_rows"]
 

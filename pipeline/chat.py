@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tailcache.storage.errors import ConfigError, DataError
 
 __all__ = ["chat_tokens", "has_generation_markers", "normalise_messages", "supervised_tokens"]

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tailcache.pipeline.chat import chat_tokens, normalise_messages
 from tailcache.pipeline.config import PrepareConfig
 from tailcache.pipeline.text import Record

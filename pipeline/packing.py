@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tailcache.pipeline.documents import Document
 from tailcache.storage.alignment import supervise_next
 from tailcache.storage.errors import DataError

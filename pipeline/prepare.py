@@ -12,6 +12,8 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
+from tqdm import tqdm
+
 from tailcache.pipeline.chat import has_generation_markers
 from tailcache.pipeline.config import PrepareConfig
 from tailcache.pipeline.documents import Columns, Document, Encoder, choose_columns
@@ -21,7 +23,6 @@ from tailcache.pipeline.text import Source
 from tailcache.pipeline.tokenizer import LoadedTokenizer, ending_id, load_tokenizer, opening_id
 from tailcache.storage.corpus import Corpus, CorpusWriter
 from tailcache.storage.errors import ConfigError, DataError, MismatchError
-from tqdm import tqdm
 
 __all__ = ["Prepared", "prepare", "report_lines"]
 

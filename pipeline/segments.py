@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tailcache.storage.alignment import next_tokens, segment_ids, target_positions
 from tailcache.storage.corpus import Rows
 

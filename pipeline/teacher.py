@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tailcache.pipeline.head import mask_padding, padded_width
-from tailcache.storage.errors import ConfigError, TeacherError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
+
+from tailcache.pipeline.head import mask_padding, padded_width
+from tailcache.storage.errors import ConfigError, TeacherError
 
 __all__ = ["DTYPES", "Teacher", "load_teacher", "load_teacher_tokenizer", "locate", "round_weights"]
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+
 from tailcache.pipeline.config import CaptureConfig
 from tailcache.scripts.embedded import docstring_corpus, smollm2
 from tailcache.scripts.measure import Bar, report, spread
@@ -79,6 +80,7 @@ def main() -> None:
 def bench(config: BenchCapture) -> None:
     """Measure and report."""
     import torch
+
     from tailcache.pipeline.capture import capture
     from tailcache.pipeline.prepare import prepare
     from tailcache.pipeline.segments import batch_segments

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import tyro
+
 from tailcache.scripts.measure import Bar, report, spread
 from tailcache.storage.corpus import CorpusWriter
 from tailcache.storage.reader import open_cache

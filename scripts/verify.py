@@ -28,8 +28,9 @@ class VerifyConfig:
 
 def run(config: VerifyConfig) -> None:
     """Verify, print the faults, and fail if there are any."""
-    from tailcache.storage.verify import verify
     from tqdm import tqdm
+
+    from tailcache.storage.verify import verify
 
     if not config.cache.is_dir():
         raise NotFoundError(f"{config.cache}: expected a cache's folder, found none")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tailcache.storage.errors import DataError
 
 __all__ = ["next_tokens", "segment_ids", "supervise_next", "target_positions"]

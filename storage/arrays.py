@@ -18,13 +18,14 @@ from typing import Any, BinaryIO
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from tailcache.storage.errors import CorruptError
 from zarr.abc.codec import BytesBytesCodec
 from zarr.abc.store import ByteRequest
 from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore
+
+from tailcache.storage.errors import CorruptError
 
 __all__ = ["ArraySpec", "group_metadata", "open_array", "read_slice"]
 

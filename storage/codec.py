@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tailcache.storage.errors import CorruptError, TeacherError
 
 __all__ = [

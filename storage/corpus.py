@@ -33,6 +33,7 @@ from typing import Any, Self
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+
 from tailcache.storage import durable
 from tailcache.storage.alignment import supervise_next
 from tailcache.storage.arrays import ArraySpec, group_metadata, open_array, read_slice

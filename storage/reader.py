@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+
 from tailcache.storage.arrays import open_array, read_slice
 from tailcache.storage.codec import Targets
 from tailcache.storage.corpus import Corpus, Rows

@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tailcache.storage import durable
 from tailcache.storage.arrays import group_metadata
 from tailcache.storage.codec import Codec, Targets, logprob_levels, vocabulary_order

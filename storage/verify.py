@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tailcache.storage import durable
 from tailcache.storage.alignment import next_tokens, supervise_next, target_positions
 from tailcache.storage.codec import SCALARS, Targets

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from tailcache.pipeline.config import CaptureConfig
 from tailcache.storage.corpus import Corpus, CorpusWriter, Rows
 from tailcache.storage.fingerprint import fingerprint
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 _COMMON = {
     "hidden_size": 32,

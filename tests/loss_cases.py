@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 
 import reference
 import torch
-from tailcache.trainers.terms import TeacherTerms
 from torch import Tensor
+
+from tailcache.trainers.terms import TeacherTerms
 
 
 class Tolerance(NamedTuple):

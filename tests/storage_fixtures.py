@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
 from tailcache.storage.arrays import ArraySpec
 from tailcache.storage.codec import Targets
 from tailcache.storage.corpus import Corpus, CorpusWriter

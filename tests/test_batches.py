@@ -12,6 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_cases import BOUNDARY
+from torch import nn
+from training_fixtures import LLAMA, logprobs_of, make_cache, one_thread, tiny_model
+
 from tailcache.storage.errors import MismatchError, NotFoundError, StudentError
 from tailcache.storage.reader import Teacher
 from tailcache.trainers.batches import (
@@ -25,8 +28,6 @@ from tailcache.trainers.batches import (
     teacher_terms,
 )
 from tailcache.trainers.forward import check_documents_kept_apart, default_layout, target_logits
-from torch import nn
-from training_fixtures import LLAMA, logprobs_of, make_cache, one_thread, tiny_model
 
 LAYOUTS: list[Layout] = ["rows", "flat", "documents"]
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizer_fixtures import build_tokenizer
+
 from tailcache.pipeline.chat import chat_tokens, normalise_messages, supervised_tokens
 from tailcache.storage.errors import ConfigError, DataError
-from tokenizer_fixtures import build_tokenizer
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

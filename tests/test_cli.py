@@ -10,13 +10,14 @@ from types import ModuleType
 from typing import Any, Literal
 
 import pytest
+from tokenizer_fixtures import build_tokenizer
+
 from tailcache.pipeline.config import PrepareConfig
 from tailcache.scripts import cli
 from tailcache.scripts.cli import VERBS, main
 from tailcache.scripts.flags import flag_names
 from tailcache.scripts.settings import default_settings, load_section
 from tailcache.storage.errors import ConfigError, DataError
-from tokenizer_fixtures import build_tokenizer
 
 MISSING: Any = object()
 

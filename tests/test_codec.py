@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from storage_fixtures import log_softmax, summarise
 from strategies import KINDS, Distributions, distributions, logits_of
+
 from tailcache.storage.codec import (
     KL_BUDGET,
     MAX_STEP,

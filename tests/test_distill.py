@@ -19,6 +19,9 @@ import pytest
 import reference
 import torch
 from loss_cases import CODEC_MAX, CODEC_MEAN, MICRO_BATCH
+from training_fixtures import logprobs_of, make_cache, make_corpus, one_thread, tiny_model, write_teacher
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
 from tailcache.scripts.train import run
 from tailcache.storage.alignment import next_tokens, target_positions
 from tailcache.storage.codec import Targets
@@ -30,8 +33,6 @@ from tailcache.trainers.config import StudentConfig, TrainConfig
 from tailcache.trainers.distill import DistillTrainer, training_arguments
 from tailcache.trainers.objective import Objective
 from tailcache.trainers.run import train
-from training_fixtures import logprobs_of, make_cache, make_corpus, one_thread, tiny_model, write_teacher
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 SMALL = StudentConfig(hidden_size=32, num_layers=2, num_heads=2)
 KL = Objective(loss="kd", clm_weight=0.0)
@@ -157,9 +158,10 @@ def test_the_gradient_of_the_truth_is_zero_and_of_another_student_is_not(whole: 
 
 def test_the_truth_through_the_real_capture(tmp_path: Path) -> None:
     """prepare's store, capture's own forward and head, the trainer's forward: zero, and not when shifted."""
+    from tokenizer_fixtures import build_tokenizer
+
     from tailcache.pipeline.capture import capture
     from tailcache.pipeline.config import CaptureConfig
-    from tokenizer_fixtures import build_tokenizer
 
     tokenizer = build_tokenizer("wordlevel")
     corpus = make_corpus(tmp_path / "cache", tokenizer)

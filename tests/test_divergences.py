@@ -22,10 +22,11 @@ from loss_cases import (
     select,
     teacher_logprobs,
 )
+from torch import Tensor
+
 from tailcache.trainers.divergences import cross_entropy, forward_kl
 from tailcache.trainers.tails import TAILS
 from tailcache.trainers.terms import TeacherTerms, student_terms
-from torch import Tensor
 
 CHOICES = list(TAILS)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
 from tailcache.pipeline.draws import draw_key, uniforms
 
 WORD = (1 << 64) - 1

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
-from tailcache.storage.fingerprint import COMPONENTS, differing_components, fingerprint
 from tokenizer_fixtures import build_tokenizer as build
 from tokenizer_fixtures import wrap
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import AutoTokenizer
+
+from tailcache.storage.fingerprint import COMPONENTS, differing_components, fingerprint
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "wordpiece", "wordlevel"])

@@ -13,9 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from torch import Tensor
+
 from tailcache.pipeline.draws import draw_key, uniforms
 from tailcache.pipeline.head import HeadSummary, mask_padding, padded_width, summarise_logits
-from torch import Tensor
 
 Floats = NDArray[np.float32]
 DIGITS = Context(prec=50, Emin=-(10**9), Emax=10**9)

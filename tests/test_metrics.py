@@ -6,8 +6,9 @@ import pytest
 import reference
 import torch
 from loss_cases import FLOAT64, Case, Tolerance, assert_close, cached, make_case, select
-from tailcache.trainers.metrics import METRICS, HeldOutSums, kl_kind, position_metrics
 from torch import Tensor
+
+from tailcache.trainers.metrics import METRICS, HeldOutSums, kl_kind, position_metrics
 
 
 def _column(values: Tensor, name: str) -> list[float]:

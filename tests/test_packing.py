@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+
 from tailcache.pipeline.documents import Document
 from tailcache.pipeline.packing import Packer, is_held_out
 from tailcache.storage.errors import DataError

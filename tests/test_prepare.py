@@ -14,6 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from test_chat import CHATML
+from tokenizer_fixtures import build_tokenizer
+from tokenizers import processors
+from transformers import AutoTokenizer
+
 from tailcache.pipeline import prepare as prepare_module
 from tailcache.pipeline.config import PrepareConfig
 from tailcache.pipeline.packing import Packer
@@ -21,10 +26,6 @@ from tailcache.pipeline.prepare import Prepared, prepare, report_lines
 from tailcache.pipeline.tokenizer import ending_id, load_tokenizer, opening_id
 from tailcache.storage.errors import ConfigError, DataError, MismatchError, NotFoundError
 from tailcache.storage.fingerprint import fingerprint
-from test_chat import CHATML
-from tokenizer_fixtures import build_tokenizer
-from tokenizers import processors
-from transformers import AutoTokenizer
 
 WORDS = ["the", "cat", "sat", "on", "mat", "tail", "cache", "keeps"]
 

@@ -9,6 +9,7 @@ import pytest
 from capture_fixtures import Part, make_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tailcache.pipeline.segments import Batch, batch_segments
 from tailcache.storage.corpus import Rows
 

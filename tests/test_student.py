@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizer_fixtures import build_tokenizer
+from training_fixtures import make_corpus, one_thread, tiny_model
+
 from tailcache.storage.corpus import Corpus
 from tailcache.storage.errors import ConfigError, MismatchError, StudentError
 from tailcache.trainers.config import StudentConfig, TrainConfig
 from tailcache.trainers.student import build_student, longest_row
-from tokenizer_fixtures import build_tokenizer
-from training_fixtures import make_corpus, one_thread, tiny_model
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_layers": 2, "num_heads": 2}
 

@@ -22,12 +22,13 @@ from loss_cases import (
     make_case,
     select,
 )
+from torch import Tensor
+
 from tailcache.storage.errors import ConfigError
 from tailcache.trainers.divergences import forward_kl
 from tailcache.trainers.tad import log_adaptive_beta, log_student_tail, log_teacher_tail, tad, weighted_tad
 from tailcache.trainers.tails import TAILS
 from tailcache.trainers.terms import student_terms
-from torch import Tensor
 
 CHOICES = list(TAILS)
 

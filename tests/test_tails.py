@@ -23,12 +23,13 @@ from loss_cases import (
     student_logits,
     teacher_logprobs,
 )
+from torch import Tensor
+
 from tailcache.storage.errors import ConfigError, MismatchError
 from tailcache.trainers.divergences import forward_kl
 from tailcache.trainers.tad import weighted_tad
 from tailcache.trainers.tails import TAILS, check_tail, tail_function
 from tailcache.trainers.terms import StudentTerms, TeacherTerms, student_terms, weighted
-from torch import Tensor
 
 
 def _float64(values: object) -> Tensor:

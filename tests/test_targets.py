@@ -24,6 +24,7 @@ from storage_fixtures import (
     speed_up,
     tree,
 )
+
 from tailcache.storage.errors import (
     ConfigError,
     CorruptError,

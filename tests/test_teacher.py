@@ -13,12 +13,13 @@ import pytest
 import torch
 from capture_fixtures import SIZES, save_teacher, tiny_model
 from gguf_fixtures import write_llama_gguf
+from tokenizer_fixtures import build_tokenizer
+from torch import Tensor
+
 from tailcache.pipeline import teacher as teacher_module
 from tailcache.pipeline.teacher import Teacher, load_teacher, load_teacher_tokenizer, locate, round_weights
 from tailcache.storage.errors import ConfigError, TailcacheError, TeacherError
 from tailcache.storage.fingerprint import fingerprint
-from tokenizer_fixtures import build_tokenizer
-from torch import Tensor
 
 ROW = torch.from_numpy(np.random.default_rng(0).integers(0, 100, 24))
 

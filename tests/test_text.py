@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizer_fixtures import build_tokenizer
+
 from tailcache.pipeline.config import PrepareConfig
 from tailcache.pipeline.docstrings import docstrings, library_files
 from tailcache.pipeline.documents import Columns, Document, Encoder, choose_columns
@@ -23,7 +25,6 @@ from tailcache.pipeline.json_records import decode_json
 from tailcache.pipeline.locate import open_source
 from tailcache.pipeline.text import FileSource, HubSource, Record
 from tailcache.storage.errors import ConfigError, DataError, NotFoundError
-from tokenizer_fixtures import build_tokenizer
 
 ROWS: list[dict[str, Any]] = [
     {"text": "the cat", "n": 1},

@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tokenizer_fixtures import build_tokenizer
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from tailcache.storage.alignment import next_tokens, segment_ids, target_positions
 from tailcache.storage.codec import Targets
 from tailcache.storage.corpus import Corpus, CorpusWriter
 from tailcache.storage.fingerprint import fingerprint
 from tailcache.storage.reader import Teacher, open_cache
 from tailcache.storage.targets import TargetsWriter, plan_layout
-from tokenizer_fixtures import build_tokenizer
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 LLAMA = {
     "hidden_size": 32,

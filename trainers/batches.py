@@ -32,12 +32,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
 from tailcache.storage.alignment import next_tokens, segment_ids, target_positions
 from tailcache.storage.errors import MismatchError, NotFoundError
 from tailcache.storage.order import shuffled_rows
 from tailcache.trainers.terms import TeacherTerms
-from torch import Tensor
-from torch.utils.data import Dataset, Sampler
 
 if TYPE_CHECKING:
     from tailcache.storage.codec import Targets

@@ -26,6 +26,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import IntervalStrategy
+
 from tailcache.storage.errors import ConfigError
 from tailcache.trainers.batches import CacheRows, Layout, ShuffledRows, collate, teacher_terms
 from tailcache.trainers.forward import check_documents_kept_apart, default_layout, target_logits
@@ -34,12 +41,6 @@ from tailcache.trainers.objective import Objective
 from tailcache.trainers.progress import Reporter, quiet_progress
 from tailcache.trainers.records import write_record
 from tailcache.trainers.terms import student_terms
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import IntervalStrategy
 
 if TYPE_CHECKING:
     from tailcache.storage.reader import Teacher

@@ -7,9 +7,10 @@ Legend: T target positions, K kept by the teacher. p teacher, q student, y the t
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from tailcache.trainers.tails import TailFunction
 from tailcache.trainers.terms import StudentTerms, TeacherTerms, weighted
-from torch import Tensor
 
 __all__ = ["cross_entropy", "forward_kl"]
 

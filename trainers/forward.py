@@ -23,9 +23,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from tailcache.storage.errors import StudentError
 from tailcache.trainers.batches import Layout, RowTokens, lay_out
-from torch import Tensor, nn
 
 __all__ = ["check_documents_kept_apart", "default_layout", "target_logits"]
 

@@ -19,10 +19,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from tailcache.trainers.divergences import cross_entropy, forward_kl
 from tailcache.trainers.tails import bucket, sampled
 from tailcache.trainers.terms import TeacherTerms, student_terms
-from torch import Tensor
 
 __all__ = ["METRICS", "HeldOutSums", "kl_kind", "position_metrics"]
 

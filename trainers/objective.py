@@ -8,12 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from tailcache.storage.errors import ConfigError
 from tailcache.trainers.divergences import cross_entropy, forward_kl
 from tailcache.trainers.tad import check_split, tad
 from tailcache.trainers.tails import check_tail, tail_function
 from tailcache.trainers.terms import StudentTerms, TeacherTerms
-from torch import Tensor
 
 if TYPE_CHECKING:
     from tailcache.storage.reader import Teacher

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tailcache.trainers.records import JsonLines
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
+
+from tailcache.trainers.records import JsonLines
 
 if TYPE_CHECKING:
     from tailcache.trainers.distill import DistillTrainer

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from tailcache.storage import durable
 from tailcache.storage.errors import ConfigError, NotFoundError
 from tailcache.storage.reader import Cache, Teacher, open_cache

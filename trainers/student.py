@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.utils.hub import cached_file
+
 from tailcache.storage.errors import MismatchError, StudentError
 from tailcache.storage.fingerprint import differing_components, fingerprint
 from tailcache.trainers.progress import quiet_progress
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
-from transformers.utils.hub import cached_file
 
 if TYPE_CHECKING:
     from tailcache.storage.corpus import Corpus

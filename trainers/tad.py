@@ -27,10 +27,11 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
+
 from tailcache.storage.errors import ConfigError
 from tailcache.trainers.tails import TailFunction
 from tailcache.trainers.terms import StudentTerms, TeacherTerms, weighted
-from torch import Tensor
 
 __all__ = ["check_split", "log_adaptive_beta", "log_student_tail", "log_teacher_tail", "tad", "weighted_tad"]
 

@@ -28,9 +28,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
 from tailcache.storage.errors import ConfigError
 from tailcache.trainers.terms import StudentTerms, TeacherTerms
-from torch import Tensor
 
 __all__ = ["TAILS", "TailFunction", "bucket", "check_tail", "prior", "sampled", "tail_function"]
 
@@ -53,7 +54,7 @@ def bucket(teacher: TeacherTerms, student: StudentTerms) -> Tensor:
     Raises:
       ConfigError: the student's terms were made without ``log_beyond``.
 
-    Source: DESIGN §4, "D_KL1" or "ghost token"; KL1 of TAD (arXiv 2602.20816).
+    Source: the "ghost token" of offline distillation; KL1 of TAD (arXiv 2602.20816), eq. 2.
     """
     if student.log_beyond is None:
         raise ConfigError(
@@ -80,7 +81,7 @@ def sampled(teacher: TeacherTerms, student: StudentTerms) -> Tensor:
     Raises:
       ConfigError: no samples are stored and the tail is not empty.
 
-    Source: DESIGN §4 and METHODS §2.
+    Source: docs/design.md, "Losses see terms, not logits"; unbiased because the KL is linear in p~.
     """
     if not teacher.has_tail:
         return torch.zeros_like(teacher.log_tail)
@@ -105,7 +106,7 @@ def prior(teacher: TeacherTerms, student: StudentTerms) -> Tensor:
     Raises:
       ConfigError: the student's terms were made without a prior and the tail is not empty.
 
-    Source: DESIGN §4 and METHODS §3.
+    Source: docs/design.md, "Losses see terms, not logits".
     """
     if not teacher.has_tail:
         return torch.zeros_like(teacher.log_tail)

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tailcache.storage.errors import MismatchError
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from tailcache.storage.errors import MismatchError
 
 __all__ = ["StudentTerms", "TeacherTerms", "student_terms", "weighted"]
 
