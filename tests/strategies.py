@@ -18,10 +18,12 @@ def logits_of(kind: str, num: int, vocab_size: int, seed: int) -> NDArray[np.flo
     generator = np.random.default_rng([seed, KINDS.index(kind)])
     normal = generator.normal(size=(num, vocab_size))
     if kind == "normal":
-        return normal * generator.choice([0.1, 1.0, 3.0, 10.0])
+        return normal * float(generator.choice([0.1, 1.0, 3.0, 10.0]))
     if kind == "zipf":
-        ranks = np.stack([generator.permutation(vocab_size) for _ in range(num)]) + 1.0
-        return -generator.uniform(0.8, 2.5, (num, 1)) * np.log(ranks)
+        ranks: NDArray[np.float64] = np.stack([generator.permutation(vocab_size) for _ in range(num)]) + 1.0
+        steepness: NDArray[np.float64] = -generator.uniform(0.8, 2.5, (num, 1))
+        scaled: NDArray[np.float64] = steepness * np.log(ranks)
+        return scaled
     if kind == "peaked":  # all but about 1e-30 to 1e-3 of the mass on one token
         normal[np.arange(num), generator.integers(0, vocab_size, num)] += generator.uniform(7, 70, num)
         return normal

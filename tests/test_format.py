@@ -1,0 +1,321 @@
+"""A reader written from docs/format.md alone, on tensorstore: nothing here decodes with tailcache.
+
+tailcache writes the caches and says what its own reader gives; every number is then read a second time by
+``PageReader``, whose only knowledge is the page.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorstore
+from numpy.typing import NDArray
+from storage_fixtures import Exact, corpus_next, make_corpus, make_exact
+
+from tailcache.storage.reader import open_cache
+
+PAGE = Path(__file__).parent.parent / "docs" / "format.md"
+GOLDEN = Path(__file__).parent / "golden" / "v1"
+
+
+class PageReader:
+    """Section by section of docs/format.md."""
+
+    def __init__(self, cache: Path, name: str) -> None:
+        self.corpus, self.teacher = cache / "corpus", cache / "teachers" / name
+        attributes = json.loads((self.teacher / "zarr.json").read_text())["attributes"]["tailcache"]
+        assert (attributes["format"], attributes["format_version"]) == ("tailcache targets", 1)
+        self.sizes = attributes
+        corpus_attributes = json.loads((self.corpus / "zarr.json").read_text())["attributes"]["tailcache"]
+        assert (corpus_attributes["format"], corpus_attributes["format_version"]) == ("tailcache corpus", 1)
+
+    @staticmethod
+    def array(path: Path) -> Any:
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path) + "/"}}
+        return tensorstore.open(spec, read=True).result()
+
+    def of_corpus(self, name: str) -> NDArray[Any]:
+        return np.asarray(self.array(self.corpus / name).read().result())
+
+    def constant(self, name: str) -> NDArray[Any]:
+        return np.asarray(self.array(self.teacher / name).read().result())
+
+    def slots(self) -> list[int]:
+        """Section 4: the slot of every target, in order."""
+        offsets = self.of_corpus("target_offsets").tolist()
+        per_shard, shard_slots = self.sizes["rows_per_shard"], self.sizes["shard_slots"]
+        found = []
+        for row in range(self.sizes["num_rows"]):
+            shard = row // per_shard
+            for i in range(offsets[row + 1] - offsets[row]):
+                found.append(shard * shard_slots + (offsets[row] - offsets[shard * per_shard]) + i)
+        return found
+
+    def decode(self) -> dict[str, list[Any]]:
+        """Section 5, one position after another, in plain Python."""
+        slots = self.slots()
+        fields = ["token_codes", "logprob_gaps", "log_tail", "tail_entropy", "log_target", "log_not_target"]
+        if self.sizes["num_samples"]:
+            fields.append("tail_sample_codes")
+        else:
+            assert not (self.teacher / "tail_sample_codes").exists()
+        stored = {name: np.asarray(self.array(self.teacher / name)[slots].read().result()) for name in fields}
+        order, levels = self.constant("vocabulary_order").tolist(), self.constant("logprob_levels").tolist()
+        top_k = self.sizes["top_k"]
+        decoded: dict[str, list[Any]] = {"token_ids": [], "logprobs": [], "tail_samples": []}
+        for t in range(len(slots)):
+            gap, code = stored["logprob_gaps"][t].tolist(), stored["token_codes"][t].tolist()
+            level, rank = [gap[0]], [code[0]]
+            for k in range(1, top_k):
+                level.append(level[-1] + gap[k])
+                rank.append(code[k] + rank[-1] if k >= 2 and gap[k] == 0 else code[k])
+            weights = [np.exp(-levels[value]) for value in level]
+            head = -np.expm1(float(stored["log_tail"][t]))
+            decoded["token_ids"].append([order[value] for value in rank])
+            decoded["logprobs"].append([-levels[value] + np.log(head) - np.log(sum(weights)) for value in level])
+            running, draws = 0, []
+            for value in stored["tail_sample_codes"][t].tolist() if self.sizes["num_samples"] else []:
+                running += value
+                draws.append(order[running])
+            decoded["tail_samples"].append(draws)
+        return {**decoded, **{name: stored[name].tolist() for name in fields if name.startswith(("log_", "tail_e"))}}
+
+
+def assert_same_as_reader(cache: Path, name: str) -> PageReader:
+    page = PageReader(cache, name)
+    decoded = page.decode()
+    corpus = open_cache(cache).corpus
+    targets = open_cache(cache).teacher(name).rows(0, corpus.num_rows)
+    assert len(targets) == len(decoded["token_ids"]) == corpus.num_targets
+    assert targets.token_ids.tolist() == decoded["token_ids"]
+    assert targets.tail_samples.tolist() == decoded["tail_samples"]
+    np.testing.assert_allclose(targets.logprobs, np.array(decoded["logprobs"]), rtol=1e-6, atol=1e-6)
+    for field in ("log_tail", "tail_entropy", "log_target", "log_not_target"):
+        assert getattr(targets, field).tolist() == decoded[field]
+    np.testing.assert_array_equal(open_cache(cache).teacher(name).mean_tail, page.constant("mean_tail"))
+    rows = corpus.rows(0, corpus.num_rows)
+    for field, values in (
+        ("tokens", rows.tokens),
+        ("document_start", rows.document_start),
+        ("supervised", rows.supervised),
+        ("row_offsets", rows.offsets),
+        ("held_out", rows.held_out),
+        ("target_offsets", corpus.target_offsets(0, corpus.num_rows)),
+        ("token_counts", corpus.token_counts),
+    ):
+        np.testing.assert_array_equal(page.of_corpus(field), values)
+    # Section 3: what the targets are about, from the page's definition.
+    tokens, starts = page.of_corpus("tokens"), page.of_corpus("document_start")
+    bounds = page.of_corpus("row_offsets")
+    positions = np.flatnonzero(page.of_corpus("supervised"))
+    assert not starts[positions + 1].any()
+    assert not set(positions + 1) & set(bounds.tolist())
+    np.testing.assert_array_equal(tokens[positions + 1], corpus_next(corpus))
+    return page
+
+
+def assert_close_to_exact(exact: Exact, page: PageReader) -> None:
+    decoded = page.decode()
+    top_k = exact.layout.top_k
+    ids = np.array(decoded["token_ids"])
+    given = np.sort(exact.targets.token_ids)
+    assert (np.sort(ids) == given).all()
+    logprobs = np.take_along_axis(exact.logprobs, ids, axis=1)
+    kl = (np.exp(logprobs) * (logprobs - np.array(decoded["logprobs"]))).sum(axis=1)
+    assert np.abs(kl).max() < 1e-3
+    assert ids.shape[1] == top_k
+    target = exact.logprobs[np.arange(len(ids)), corpus_next(exact.corpus)]
+    np.testing.assert_allclose(decoded["log_target"], target, rtol=2.0**-13, atol=1e-30)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "top_k", "num_samples"),
+    [(37, 5, 3), (37, 5, 0), (37, 37, 0), (37, 1, 1), (37, 2, 2), (151_936, 20, 8), (262_144, 64, 16)],
+)
+def test_tensorstore_reads_every_field(tmp_path: Path, vocab_size: int, top_k: int, num_samples: int) -> None:
+    corpus = make_corpus(tmp_path, vocab_size=vocab_size)
+    exact = make_exact(corpus, top_k=top_k, num_samples=num_samples, shard_positions=20)
+    exact.write("t")
+    page = assert_same_as_reader(tmp_path, "t")
+    assert_close_to_exact(exact, page)
+    wide = vocab_size > 65_536
+    for path, narrow, broad in (
+        (page.corpus / "tokens", "uint16", "uint32"),
+        (page.teacher / "token_codes", "uint16", "uint32"),
+        (page.teacher / "logprob_gaps", "uint16", "uint16"),
+    ):
+        assert page.array(path).dtype.name == (broad if wide else narrow)
+
+
+def test_large_ids_are_really_there(tmp_path: Path) -> None:
+    """The last ids of a large vocabulary as token, as top-1 and as draw."""
+    vocab_size = 262_144
+    corpus = make_corpus(tmp_path, vocab_size=vocab_size, lengths=(6, 5))
+    logits = np.zeros((corpus.num_targets, vocab_size))
+    logits[:, -1], logits[:, -2] = 30.0, 20.0
+    exact = make_exact(corpus, top_k=1, num_samples=4, logits_TV=logits)
+    exact.write("t")
+    decoded = assert_same_as_reader(tmp_path, "t").decode()
+    assert np.array(decoded["token_ids"]).min() == vocab_size - 1
+    assert vocab_size - 2 in np.array(decoded["tail_samples"])
+
+
+def test_golden_cache_and_the_worked_example() -> None:
+    """The numbers printed on the page are those of the golden cache."""
+    page = assert_same_as_reader(GOLDEN, "golden")
+    assert page.slots()[3] == 3
+    assert page.slots()[7] == 8
+    text = " ".join(PAGE.read_text().split())
+    decoded = page.decode()
+    assert decoded["token_ids"][3] == [2, 6, 3, 9, 8]
+    assert decoded["tail_samples"][3] == [10, 5]
+    stored = {
+        "logprob_gaps": [124, 67, 0, 0, 0],
+        "token_codes": [8, 2, 1, 1, 1],
+        "tail_sample_codes": [6, 5],
+    }
+    for name, values in stored.items():
+        assert np.asarray(page.array(page.teacher / name)[3].read().result()).tolist() == values
+        assert f"{name} {' '.join(str(value) for value in values)}" in text
+    for name in ("log_tail", "tail_entropy", "log_target", "log_not_target"):
+        assert f"{name} {decoded[name][3]!r}" in text
+    assert ", ".join(str(token) for token in page.constant("vocabulary_order")) in text
+    for value in decoded["logprobs"][3][:2]:
+        assert f"{value:.6f}".replace("-", "\N{MINUS SIGN}") in text
+    sizes = "V = {vocab_size}, K = {top_k}, m = {num_samples}".format(**page.sizes)
+    assert sizes in text
+
+
+STANDARD_CODECS = {"transpose", "bytes", "blosc", "crc32c", "sharding_indexed"}
+
+
+def test_metadata_uses_standard_names_only(tmp_path: Path) -> None:
+    make_exact(make_corpus(tmp_path)).write("t")
+    paths = sorted(tmp_path.rglob("zarr.json"))
+    assert len(paths) == 2 + 7 + 3 + 7
+    transposed = []
+    for path in paths:
+        metadata = json.loads(path.read_text())
+        assert metadata["zarr_format"] == 3
+        if metadata["node_type"] == "group":
+            continue
+        assert metadata["chunk_grid"]["name"] == "regular"
+        assert metadata["chunk_key_encoding"] == {"name": "default", "configuration": {"separator": "/"}}
+        assert not metadata.get("storage_transformers")
+        assert metadata["data_type"] in {"bool", "uint16", "uint32", "int64", "float32"}
+        (sharding,) = metadata["codecs"]
+        assert sharding["name"] == "sharding_indexed"
+        inner = [codec["name"] for codec in sharding["configuration"]["codecs"]]
+        index = [codec["name"] for codec in sharding["configuration"]["index_codecs"]]
+        assert {*inner, *index} <= STANDARD_CODECS
+        assert inner[-3:] == ["bytes", "blosc", "crc32c"]
+        assert index == ["bytes", "crc32c"]
+        assert sharding["configuration"]["index_location"] == "end"
+        if inner[0] == "transpose":
+            transposed.append(path.parent.name)
+    assert sorted(transposed) == ["logprob_gaps", "tail_sample_codes"]
+
+
+def canonical(record: Any) -> bytes:
+    """Section 7."""
+    return (json.dumps(record, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def chunk_seal(data: bytes, num_chunks: int) -> str:
+    index = data[-(16 * num_chunks + 4) :]
+    hashed = index
+    for i in range(num_chunks):
+        offset, length = (int.from_bytes(index[16 * i + 8 * j : 16 * i + 8 * j + 8], "little") for j in (0, 1))
+        if length != 2**64 - 1:
+            hashed += data[offset + length - 4 : offset + length]
+    return sha256(hashed)
+
+
+def test_sealed_records_follow_the_page(tmp_path: Path) -> None:
+    make_exact(make_corpus(tmp_path), shard_positions=20).write("t")
+    corpus, teacher = tmp_path / "corpus", tmp_path / "teachers" / "t"
+    commits = sorted((teacher / "commits").iterdir())
+    records = {}
+    for path in [
+        corpus / "manifest.json",
+        corpus / "checksums.json",
+        teacher / "manifest.json",
+        teacher / "complete.json",
+        *commits,
+    ]:
+        data = path.read_bytes()
+        record = json.loads(data)
+        assert data == canonical(record)
+        seal = record.pop("sha256")
+        assert seal == sha256(canonical(record))
+        records[path] = record
+    assert [path.name for path in commits] == [f"{i:08d}.json" for i in range(len(commits))]
+
+    checksums, corpus_manifest = records[corpus / "checksums.json"], records[corpus / "manifest.json"]
+    files = {str(p.relative_to(corpus)): p.read_bytes() for p in corpus.rglob("*") if p.is_file()}
+    for sealed in ("manifest.json", "checksums.json"):
+        files.pop(sealed)
+    assert checksums["files"] == {name: sha256(data) for name, data in files.items()}
+    assert checksums["chunks"] == {name: chunk_seal(data, 64) for name, data in files.items() if "/c/" in name}
+    assert corpus_manifest["checksums"] == sha256((corpus / "checksums.json").read_bytes())
+    page = PageReader(tmp_path, "t")
+    content = {
+        "tokens": sha256(page.of_corpus("tokens").astype("<u4").tobytes()),
+        "document_start": sha256(page.of_corpus("document_start").astype("u1").tobytes()),
+        "supervised": sha256(page.of_corpus("supervised").astype("u1").tobytes()),
+        "held_out": sha256(page.of_corpus("held_out").astype("u1").tobytes()),
+        "row_lengths": sha256(np.diff(page.of_corpus("row_offsets")).astype("<u8").tobytes()),
+    }
+    assert corpus_manifest["content"] == content
+    assert corpus_manifest["hash"] == sha256(canonical({**content, "vocab_size": 37}))
+
+    manifest, complete = records[teacher / "manifest.json"], records[teacher / "complete.json"]
+    assert set(manifest) == {"name", "corpus_hash", "layout", "settings", "provenance", "files"}
+    assert manifest["corpus_hash"] == corpus_manifest["hash"]
+    assert manifest["layout"] == page.sizes
+    seal = sha256((teacher / "manifest.json").read_bytes())
+    covered = dict(manifest["files"])
+    sizes = 0
+    for shard, path in enumerate(commits):
+        record = records[path]
+        assert set(record) == {"shard", "manifest", "rows", "positions", "files", "tail_sum", "sums"}
+        assert (record["shard"], record["manifest"]) == (shard, seal)
+        for name, entry in record["files"].items():
+            data = (teacher / name).read_bytes()
+            num_chunks = page.sizes["shard_slots"] // page.sizes["chunk"]
+            assert entry == {"bytes": len(data), "sha256": sha256(data), "chunks": chunk_seal(data, num_chunks)}
+            covered[name] = entry["sha256"]
+            sizes += len(data)
+    assert set(complete) == {"manifest", "num_shards", "positions", "bytes", "commits", "files"}
+    assert complete["bytes"] == sizes
+    assert complete["commits"] == sha256(b"".join(path.read_bytes() for path in commits))
+    covered.update(complete["files"])
+    others = {str(p.relative_to(teacher)): p for p in teacher.rglob("*") if p.is_file() and p not in records}
+    assert covered == {name: sha256(path.read_bytes()) for name, path in others.items()}
+
+
+def test_leftover_slots_are_not_stored(tmp_path: Path) -> None:
+    """A chunk wholly behind an object's last value is absent from the index; a chunk of zeros is not."""
+    corpus = make_corpus(tmp_path, lengths=(30, 3, 3))
+    exact = make_exact(corpus, top_k=2, num_samples=0, shard_positions=1, chunk=4)
+    exact.write("t")
+    last = tmp_path / "teachers" / "t" / "log_tail" / "c" / "2"
+    num_chunks = exact.layout.shard_slots // 4
+    assert num_chunks > 3
+    index = np.frombuffer(last.read_bytes()[-(16 * num_chunks + 4) : -4], "<u8").reshape(-1, 2)
+    stored = index[:, 0] != 2**64 - 1
+    assert stored.tolist() == [True] + [False] * (num_chunks - 1)
+    targets = exact.shards[0][0]
+    zeros = type(targets)(**{**vars(targets), "tail_entropy": np.zeros(len(targets), np.float32)})
+    spec = exact.layout.fields()["tail_entropy"]
+    data = spec.encode(zeros.tail_entropy)
+    assert data is not None
+    index = np.frombuffer(data[-(16 * num_chunks + 4) : -4], "<u8").reshape(-1, 2)
+    assert (index[:, 0] != 2**64 - 1).sum() == -(-len(targets) // 4)
