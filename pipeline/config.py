@@ -12,7 +12,7 @@ from typing import Literal
 
 from tailcache.storage.errors import ConfigError
 
-__all__ = ["CaptureConfig", "PrepareConfig"]
+__all__ = ["CaptureConfig", "CompareConfig", "PrepareConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,3 +209,56 @@ class CaptureConfig:
                 raise ConfigError(f"{field}: expected at least {least}, found {getattr(self, field)}")
         if not 1 <= self.compression_level <= 9:
             raise ConfigError(f"compression_level: expected 1 to 9, found {self.compression_level}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Say what one teacher's cache holds, and how two or more teachers differ, without running any of them.
+
+    Every figure comes with a bootstrap confidence interval over rows. The KL between teachers is given twice: a lower
+    bound that is certain, and an estimate that rests on an assumption about what lies beyond the stored tokens.
+    """
+
+    cache: Path
+    """Folder of a cache with finished teachers."""
+
+    teachers: tuple[str, ...] = ()
+    """Which of its teachers, in this order; all finished ones by default."""
+
+    other_cache: Path | None = None
+    """A second cache with the same corpus (the same content hash), whose teachers are compared too."""
+
+    other_teachers: tuple[str, ...] = ()
+    """Which teachers of the second cache; all finished ones by default."""
+
+    split: Literal["all", "held-out", "train"] = "all"
+    """Which rows of the corpus."""
+
+    confidence: float = 0.95
+    """Of the intervals."""
+
+    resamples: int = 1000
+    """Resamples of the rows that make the intervals; 0 leaves them out."""
+
+    seed: int = 0
+    """Another seed resamples other rows."""
+
+    json: Path | None = None
+    """Write all figures to this JSON file."""
+
+    plots: Path | None = None
+    """Write the plots to this folder, as PNG."""
+
+    html: Path | None = None
+    """Write the table and the plots to this one HTML file."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.confidence < 1:
+            raise ConfigError(f"--confidence: expected a share between 0 and 1, found {self.confidence}")
+        if self.resamples < 0 or self.seed < 0:
+            raise ConfigError(f"--resamples and --seed: expected 0 or more, found {self.resamples} and {self.seed}")
+        if self.other_teachers and self.other_cache is None:
+            raise ConfigError("--other-teachers: expected --other-cache, the cache that has them, beside it")
+        for flag, names in (("--teachers", self.teachers), ("--other-teachers", self.other_teachers)):
+            if len(set(names)) < len(names):
+                raise ConfigError(f"{flag}: expected each teacher once, found {' '.join(names)}")
