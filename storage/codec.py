@@ -227,15 +227,16 @@ class Codec:
 
     def _decode_ids(self, gaps_TK: NDArray[Any], codes_TK: NDArray[Any], out_TK: NDArray[np.int32], where: str) -> None:
         """A code counts from the start of its run of equal levels: subtract what had been summed up before it."""
-        sums_TK = np.cumsum(codes_TK, axis=1, dtype=np.intp)
-        before_TK = sums_TK - codes_TK
+        largest = len(self._token_of_rank) * codes_TK.shape[1]
+        sums_TK: NDArray[Any] = np.cumsum(codes_TK, axis=1, dtype=np.int32 if largest < 1 << 31 else np.int64)
+        before_TK = sums_TK - codes_TK.astype(sums_TK.dtype)
         before_TK[:, 2:] *= gaps_TK[:, 2:] != 0
         sums_TK -= np.maximum.accumulate(before_TK, axis=1)
         self._check(sums_TK, len(self._token_of_rank), f"{where}, token_codes")
         np.take(self._token_of_rank, sums_TK, out=out_TK, mode="clip")
 
     @staticmethod
-    def _check(codes: NDArray[np.intp], size: int, where: str) -> None:
+    def _check(codes: NDArray[np.signedinteger[Any]], size: int, where: str) -> None:
         if codes.size and (int(codes.max()) >= size or int(codes.min()) < 0):
             raise CorruptError(
                 f"{where}: expected codes from 0 to {size - 1}, found {codes.min()} to {codes.max()}; "

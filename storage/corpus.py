@@ -394,6 +394,7 @@ class Corpus:
         self.tokenizer_dir = self.path / "tokenizer"
         self._specs = corpus_arrays(self.vocab_size)
         self._arrays: dict[str, zarr.Array[Any]] = {}
+        self._recent: dict[str, tuple[int, NDArray[Any]]] = {}
         self._present: set[tuple[str, int]] = set()
 
     @cached_property
@@ -437,6 +438,17 @@ class Corpus:
                         "restore it from a copy"
                     )
                 self._present.add((name, shard))
+        chunk = first // spec.chunk
+        if not first < last <= (chunk + 1) * spec.chunk:
+            return self._decode(name, first, last)
+        # Neighbouring reads mostly fall into one chunk; zarr would decode it again for each.
+        recent = self._recent.get(name)
+        if recent is None or recent[0] != chunk:
+            end = min((chunk + 1) * spec.chunk, self._arrays[name].shape[0])
+            recent = self._recent[name] = (chunk, self._decode(name, chunk * spec.chunk, end))
+        return recent[1][first - chunk * spec.chunk : last - chunk * spec.chunk].copy()
+
+    def _decode(self, name: str, first: int, last: int) -> NDArray[Any]:
         return read_slice(self._arrays[name], first, last, lambda: f"corpus {self.path}, {name}[{first}:{last}]")
 
     def stream(self, name: str) -> Iterator[NDArray[Any]]:

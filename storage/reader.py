@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
 from tailcache.storage.arrays import open_array, read_slice
@@ -26,6 +25,7 @@ from tailcache.storage.corpus import Corpus, Rows
 from tailcache.storage.durable import sha256
 from tailcache.storage.errors import CorruptError, IncompleteError, MismatchError, NotFoundError
 from tailcache.storage.layout import Layout, check_name, commit_path
+from tailcache.storage.objects import read_object
 from tailcache.storage.order import shuffled_windows
 from tailcache.storage.sealed import unseal
 from tailcache.storage.targets import load_codec
@@ -113,7 +113,6 @@ class Teacher:
         self.top_k, self.num_samples = self.layout.top_k, self.layout.num_samples
         self.vocab_size, self.num_targets = self.layout.vocab_size, self.layout.num_positions
         self._fields = self.layout.fields()
-        self._arrays: dict[str, zarr.Array[Any]] = {}
         self._checked: set[int] = set()
 
     # -- lazily read constants ---------------------------------------------------------------------------------
@@ -186,17 +185,16 @@ class Teacher:
         """Decode slots ``first`` to ``last`` (within the shard)."""
         self._touch(shard)
         codec = self._codec
-        base = shard * self.layout.shard_slots
-        stored = {}
-        for name in self._fields:
-            if name not in self._arrays:
-                self._arrays[name] = open_array(self.path / name)
-            stored[name] = read_slice(
-                self._arrays[name],
-                base + first,
-                base + last,
-                lambda name=name: f"teacher {self.name!r}, shard {shard}, field {name}",  # type: ignore[misc]
+        stored = {
+            name: read_object(
+                self.path / spec.object_path(shard),
+                spec,
+                first,
+                last,
+                f"teacher {self.name!r}, shard {shard}, field {name}",
             )
+            for name, spec in self._fields.items()
+        }
         targets: Targets = codec.decode(stored, f"teacher {self.name!r}, shard {shard}")
         return targets
 
@@ -287,8 +285,7 @@ class Teacher:
         for run in np.split(block, np.flatnonzero(np.diff(block) > _MAX_GAP_ROWS) + 1):
             first, last = int(run[0]), int(run[-1]) + 1
             rows, targets = self.corpus.rows(first, last), self.rows(first, last)
-            offsets = self.corpus.target_offsets(first, last)
-            offsets = offsets - offsets[0]
+            offsets = np.concatenate([[0], np.cumsum(rows.supervised)])[rows.offsets]
             for row in run - first:
                 held.append((rows.slice(row, row + 1), targets[offsets[row] : offsets[row + 1]]))
         return held

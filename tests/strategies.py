@@ -20,7 +20,7 @@ def logits_of(kind: str, num: int, vocab_size: int, seed: int) -> NDArray[np.flo
     if kind == "normal":
         return normal * float(generator.choice([0.1, 1.0, 3.0, 10.0]))
     if kind == "zipf":
-        ranks: NDArray[np.float64] = np.stack([generator.permutation(vocab_size) for _ in range(num)]) + 1.0
+        ranks = np.stack([generator.permutation(vocab_size) for _ in range(num)]).astype(np.float64) + 1.0
         steepness: NDArray[np.float64] = -generator.uniform(0.8, 2.5, (num, 1))
         scaled: NDArray[np.float64] = steepness * np.log(ranks)
         return scaled
