@@ -76,6 +76,19 @@ def tiny_model(kind: str = "llama", vocab_size: int = 100, *, seed: int = 0, std
     return model.eval()
 
 
+def with_a_twist(model: Any, strength: float = 1e-3) -> Any:
+    """The model, with its logits changed after the head in a way that only its code knows."""
+    original = model.forward
+
+    def forward(**inputs: Any) -> Any:
+        output = original(**inputs)
+        output.logits = output.logits + strength * output.logits.sin()
+        return output
+
+    model.forward = forward
+    return model
+
+
 def save_teacher(folder: Path, model: Any, tokenizer: Any = None) -> str:
     """Write a model, and a tokenizer beside it; returns the folder as ``--teacher`` takes it."""
     model.save_pretrained(folder)

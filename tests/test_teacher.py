@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from capture_fixtures import SIZES, save_teacher, tiny_model
+from capture_fixtures import SIZES, save_teacher, tiny_model, with_a_twist
 from gguf_fixtures import write_llama_gguf
 from tokenizer_fixtures import build_tokenizer
 from torch import Tensor
@@ -93,19 +93,6 @@ def test_float16_weights_give_float32_logits() -> None:
     teacher.probe(ROW)
     exact = teacher.hidden(ROW[None])[0].double() @ model.lm_head.weight.detach().double().t()
     assert float((chunked(teacher, ROW).double() - exact).abs().max()) < 1e-5
-
-
-def with_a_twist(model: Any, strength: float = 1e-3) -> Any:
-    """The model, with its logits changed after the head in a way that only its code knows."""
-    original = model.forward
-
-    def forward(**inputs: Any) -> Any:
-        output = original(**inputs)
-        output.logits = output.logits + strength * output.logits.sin()
-        return output
-
-    model.forward = forward
-    return model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
