@@ -371,7 +371,10 @@ def _target_problems(targets: Targets, rows: Rows, layout: Layout) -> Iterator[s
     off = np.abs(stored - exact) > _LEVEL_SLACK + np.maximum(0, -exact - 64) / 128 + _RELATIVE * np.abs(exact)
     if off.any():
         yield "log_target: not the top-K's own value where the true next token is one of them; misaligned?"
-    outside = targets.log_target[~inside] > targets.logprobs[~inside][:, -1] + _LEVEL_SLACK
+    last = targets.logprobs[~inside][:, -1]
+    outside = targets.log_target[~inside] > last + _LEVEL_SLACK + np.maximum(0, -last - 64) / 128 + _RELATIVE * np.abs(
+        last
+    )
     if outside.any():
         yield "log_target: more likely than the top-K though the true next token is not one of them; misaligned?"
 
