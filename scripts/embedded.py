@@ -36,5 +36,6 @@ def docstring_corpus(cache: Path, *, max_tokens: int, context_length: int = 1024
         tokenizer=str(smollm2()),
         separator="<|endoftext|>",
         context_length=context_length,
+        held_out=0.1,
         max_tokens=max_tokens,
     )

@@ -168,7 +168,11 @@ def _teacher_lines(teacher: dict[str, Any]) -> list[str]:
 def _short(record: Any) -> str:
     """A record in a few lines: nested names joined by dots, hashes cut, what is not set left out."""
     text = ", ".join(f"{name} {_cut(value)}" for name, value in _flat(record, "") if value is not None)
-    return textwrap.fill(text, 92, subsequent_indent=" " * 20, break_long_words=False, break_on_hyphens=False)
+    indent = " " * 20
+    lines = textwrap.fill(
+        text, 112, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+    return lines.lstrip()
 
 
 def _flat(record: Any, prefix: str) -> list[tuple[str, Any]]:

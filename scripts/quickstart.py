@@ -5,8 +5,8 @@
     train     three small students from the same shards: plain language modelling, vanilla KD, and TAD
     compare   the two teachers from their caches, and the students' held-out curves
 
-Every step can be killed: the same command goes on where it was. Results are in runs/quickstart: results.json, the plots,
-the cache and the students. All figures are printed as measured, whichever loss wins.
+Every step can be killed: the same command goes on where it was. Results are in runs/quickstart: results.json, the
+plots, the cache and the students. All figures are printed as measured, whichever loss wins.
 """
 
 from __future__ import annotations
