@@ -293,7 +293,7 @@ def capture(config: CaptureConfig, *, teacher: Teacher | None = None, show_progr
 
     Raises:
       MismatchError: the tokenizer does not match, or a capture of this name has other settings (says which).
-      TeacherError: logits that are not finite, or a head that is too narrow.
+      TeacherError: logits that are not finite, a head that is too narrow, or a device whose memory is.
       StorageError: the disk is full or failing; committed shards stay good, and the same command continues.
     """
     if config.threads is not None:
@@ -403,6 +403,11 @@ def _run(
                     progress=advanced,
                 )
                 background.put(shard, targets, tail_sum)
+        except torch.OutOfMemoryError as error:
+            raise TeacherError(
+                f"the device ran out of memory with batches of {config.batch_positions} positions: "
+                f"{str(error).splitlines()[0]}; lower --batch-positions (under another --name if shards are committed)"
+            ) from error
         finally:
             background.join()
         background.check()

@@ -468,13 +468,13 @@ def test_killed_again_and_again_it_ends_in_the_same_bytes(corpus: Path, tmp_path
     """Real processes, real SIGKILL: at random moments before, within and between shards."""
     folder = save_teacher(tmp_path / "model", tiny_model("llama", V))
     hashes = []
-    for name, most in (("whole", 0), ("killed", 9)):
+    for name, most in (("whole", 0), ("killed", 7)):
         shutil.copytree(corpus, tmp_path / name)
         kills, *committed = killed(tmp_path / name, folder, seed=3, most=most)
         hashes.append(folder_hashes(tmp_path / name / "teachers" / "t"))
         assert kills == most
         assert committed == sorted(committed)
-    assert len(set(committed)) >= 4, f"hardly any kill fell within the capture: {committed}"
+    assert len(set(committed)) >= 3, f"hardly any kill fell within the capture: {committed}"
     assert hashes[0] == hashes[1]
     assert verify(tmp_path / "killed") == []
 
@@ -512,6 +512,17 @@ def test_whatever_stops_the_teacher_what_was_done_is_committed(
         open_cache(cache).teacher("t")
     assert run(cache, teacher).resumed_shards == committed
     assert folder_hashes(cache / "teachers" / "t") == uninterrupted
+
+
+def test_a_device_without_memory_says_which_setting_to_lower(
+    cache: Path, teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB\nand more")
+    with (
+        stopping(teacher, monkeypatch, 15, error),
+        pytest.raises(TeacherError, match=r"batches of 64 positions: CUDA out of memory.*lower --batch-positions"),
+    ):
+        run(cache, teacher)
 
 
 def test_a_finished_capture_is_left_as_it_is(
