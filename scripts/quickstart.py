@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +69,14 @@ def quickstart(config: Quickstart) -> dict[str, Any]:
 
     cache = config.out / "cache"
     step(
-        "prepare", "the docstrings of Python's standard library, tokenised and packed", lambda: _prepare(config, cache)
+        "prepare", "the docstrings of Python's standard library, tokenised and packed", partial(_prepare, config, cache)
     )
     for name, bits in TEACHERS.items():
         rounded = f", its weights rounded to {bits} bits per group of 32" if bits else ""
-        step("capture", f"SmolLM2-135M-Instruct{rounded}", lambda n=name, b=bits: _capture(config, cache, n, b))
+        step("capture", f"SmolLM2-135M-Instruct{rounded}", partial(_capture, config, cache, name, bits))
     for loss in LOSSES:
-        step("train", f"a student with {TITLES[loss]}", lambda loss=loss: _train(config, cache, loss))
-    comparison = step("compare", "the teachers, from their caches", lambda: _compare(config, cache))
+        step("train", f"a student with {TITLES[loss]}", partial(_train, config, cache, loss))
+    comparison = step("compare", "the teachers, from their caches", partial(_compare, config, cache))
     students = _students(config)
     results = {
         "teachers": comparison,
@@ -88,9 +89,8 @@ def quickstart(config: Quickstart) -> dict[str, Any]:
     print(_student_table(students))
     took = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     print(f"\n== done in {(time.perf_counter() - start) / 60:.1f} minutes ({took})")
-    print(
-        f"   figures: {config.out / 'results.json'}; plots: {', '.join(p.name for p in sorted(config.out.glob('*.png')))}"
-    )
+    plots = ", ".join(path.name for path in sorted(config.out.glob("*.png")))
+    print(f"   figures: {config.out / 'results.json'}; plots: {plots}")
     return results
 
 
