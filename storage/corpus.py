@@ -21,7 +21,6 @@ Legend: N tokens, R rows, V vocabulary.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
@@ -44,7 +43,6 @@ from tailcache.storage.errors import (
     IncompleteError,
     MismatchError,
     NotFoundError,
-    StorageError,
 )
 from tailcache.storage.sealed import canonical, seal, unseal
 
@@ -169,10 +167,10 @@ class CorpusWriter:
         self._vocab_size = vocab_size
         self._group = self._final.with_name("corpus" + durable.TEMPORARY)
         if self._group.is_dir():
-            os.close(_lock_folder(self._group))  # whoever left it is dead
+            os.close(durable.lock_folder(self._group))  # whoever left it is dead
             durable.remove_tree(self._group)
         durable.make_folder(self._group)
-        self._lock = _lock_folder(self._group)
+        self._lock = durable.lock_folder(self._group)
         self._checksums: dict[str, str] = {}
         self._chunk_seals: dict[str, str] = {}
         self._columns = {
@@ -331,24 +329,6 @@ class CorpusWriter:
 
     def __exit__(self, *_: object) -> None:
         self.abort()
-
-
-def _lock_folder(folder: Path) -> int:
-    """Keep other processes from writing below a folder, until the descriptor is closed or this process ends."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise StorageError(error.errno, f"{folder}: cannot be opened: {error.strerror}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise MismatchError(
-            f"{folder}: another process is writing this corpus; wait for it, or choose another cache"
-        ) from error
-    except OSError:
-        pass  # a file system without locks: there, two writers are not noticed
-    return descriptor
 
 
 class Corpus:

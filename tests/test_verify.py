@@ -51,7 +51,7 @@ def test_good_caches_have_no_faults(
 
 
 def test_log_probs_of_minus_thousands_of_nats_are_no_faults(tmp_path: Path) -> None:
-    """Far below 64 nats the levels are nats apart: a target just outside the top K may look more likely than its end."""
+    """Far below 64 nats the levels are nats apart: a target just outside the top K may look likelier than its end."""
     corpus = make_corpus(tmp_path, vocab_size=4000, lengths=(60, 60))
     generator = np.random.default_rng(0)
     logits = np.stack([generator.permutation(np.arange(4000.0)) for _ in range(corpus.num_targets)]) * -2.0
