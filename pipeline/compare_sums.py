@@ -29,7 +29,7 @@ Floats = NDArray[np.float64]
 CONTEXT_BINS = 24
 """Bin i holds positions that have read 2^i to 2^(i+1) - 1 tokens of their document's part within the row."""
 _LADDER = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70)
-_PIECE_ENTRIES = 1 << 18
+_PIECE_ENTRIES = 1 << 17  # of a [T, K] array worked on at a time: 1 MB of float64
 _PRIOR_BLOCKS = 32
 
 

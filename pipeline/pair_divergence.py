@@ -27,6 +27,7 @@ Legend: T positions, V vocabulary, K kept tokens (of A or of B), m draws.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +40,7 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Ranks = NDArray[np.int16] | NDArray[np.int32]
 
-_TABLE_ENTRIES = 1 << 21  # of the look-up table of ranks: 4 MB, so that it stays in cache
+_TABLE_ENTRIES = 1 << 21  # of the look-up table of ranks: 4 MB, so that it stays in the processor's cache
 _SMALLEST = float(np.finfo(np.float64).tiny)
 _ROUNDING = 2.0**-13  # of the log of a stored scalar, with a factor of two to spare
 _RESOLVED = 1 / 16  # share of a tail that must be left beside y for y to be an atom of its own
@@ -70,6 +71,8 @@ class Prior:
         Returns:
           [T] the sums: the whole minus the excluded where that loses nothing, else summed directly.
         """
+        if excluded_TJ.shape[1] == len(values_V):
+            return np.zeros(len(excluded_TJ))
         total = float(values_V.sum())
         outside_T: Floats = total - np.take(values_V, excluded_TJ).sum(axis=1)
         outside_T -= np.where(also_T >= 0, np.take(values_V, np.maximum(also_T, 0)), 0.0)
@@ -120,6 +123,11 @@ class View:
             negative_entropy_T=np.einsum("tk,tk->t", p_TK, logp_TK) + tail_part_T,
             prior=prior,
         )
+
+    @cached_property
+    def filled(self) -> _Filled:
+        """The distributions with their tails filled in."""
+        return _Filled(self)
 
     @property
     def target_in_tail_T(self) -> Bools:
@@ -217,20 +225,25 @@ def pair_terms(a: View, b: View, a_beyond: Prior | None = None, b_beyond: Prior 
 def _directed(
     a: View, b: View, a_in_b_TK: Ranks, b_in_a_TK: Ranks, draws_in_b_Tm: Ranks, beyond: Prior | None
 ) -> DirectedTerms:
-    bound_T = _on_shared(a, b, a_in_b_TK) + _on_other_atoms(a, b, a_in_b_TK < 0, b_in_a_TK < 0)
-    prior_estimate_T = _prior_estimate(a, b, a_in_b_TK, b_in_a_TK, draws_in_b_Tm)
+    shared_TK = a_in_b_TK >= 0
+    log_q_TK = b.filled.log_q(a.targets.token_ids, a_in_b_TK)
+    terms_TK = a.p_TK * (a.logp_TK - log_q_TK)
+    on_shared_T: Floats = np.einsum("tk,tk->t", terms_TK, shared_TK)
+    prior_estimate_T = terms_TK.sum(axis=1) + _on_tail(a, b, b_in_a_TK, draws_in_b_Tm)
     return DirectedTerms(
-        bound_T=bound_T,
+        bound_T=on_shared_T + _on_other_atoms(a, b, ~shared_TK, b_in_a_TK < 0),
         prior_estimate_T=prior_estimate_T,
-        estimate_T=prior_estimate_T - _self_estimate(a, b, a_in_b_TK, draws_in_b_Tm, beyond),
+        estimate_T=prior_estimate_T - _self_estimate(a, b, ~shared_TK, draws_in_b_Tm, beyond),
     )
 
 
-def _on_shared(a: View, b: View, a_in_b_TK: Ranks) -> Floats:
-    """[T] the sum of p log(p / q) over tokens in both heads."""
-    log_q_TK = np.take_along_axis(b.logp_TK, np.maximum(a_in_b_TK, 0), axis=1)
-    on_shared_T: Floats = np.einsum("tk,tk,tk->t", a.p_TK, a_in_b_TK >= 0, a.logp_TK - log_q_TK)
-    return on_shared_T
+def _gather(values_TK: Floats, ranks_TJ: Ranks) -> Floats:
+    """[T, J] the values at some ranks of each row; an arbitrary one where the rank is -1."""
+    num, width = values_TK.shape
+    flat_TJ = ranks_TJ + (np.arange(num) * width)[:, None]
+    # Rank -1 of a row is the last of the row before it (and of the first row, the last of all).
+    gathered_TJ: Floats = np.take(values_TK.reshape(-1), flat_TJ, mode="wrap")
+    return gathered_TJ
 
 
 def _on_other_atoms(a: View, b: View, only_a_TK: Bools, only_b_TK: Bools) -> Floats:
@@ -272,11 +285,7 @@ def _rest(view: View, only_TK: Bools, own_T: Bools, left_T: Floats) -> Floats:
 
 
 class _Filled:
-    """B's log-probabilities outside B's head: exact for y, from B's mean tail otherwise.
-
-    Args:
-      b: the teacher.
-    """
+    """A teacher's log-probabilities of all tokens: exact in its head and for y, from its mean tail otherwise."""
 
     def __init__(self, b: View) -> None:
         self._b = b
@@ -287,61 +296,63 @@ class _Filled:
         outside_T = b.prior.sum_outside(b.prior.pi_V, b.targets.token_ids, self.y_T)
         self.scale_T: Floats = np.log(np.maximum(left_T, _SMALLEST)) - np.log(np.maximum(outside_T, _SMALLEST))
 
-    def log_q(self, t: NDArray[np.int64], ids: NDArray[np.int32]) -> Floats:
-        """Log-probability of tokens ``ids`` [n], none in B's head, at positions ``t`` [n]."""
-        filled = self.scale_T[t] + np.take(self._b.prior.log_pi_V, ids)
-        return np.where(ids == self.y_T[t], self._b.log_target_T[t], filled)
+    def log_q(self, ids_TJ: NDArray[np.int32], ranks_TJ: Ranks | None) -> Floats:
+        """Log-probability of any tokens.
+
+        Args:
+          ids_TJ: [T, J] token ids.
+          ranks_TJ: [T, J] where they stand in B's head, -1 outside; none where all lie outside.
+        """
+        b = self._b
+        log_q_TJ: Floats = np.take(b.prior.log_pi_V, ids_TJ)
+        log_q_TJ += self.scale_T[:, None]
+        np.copyto(log_q_TJ, b.log_target_T[:, None], where=ids_TJ == self.y_T[:, None])
+        if ranks_TJ is not None:
+            np.copyto(log_q_TJ, _gather(b.logp_TK, ranks_TJ), where=ranks_TJ >= 0)
+        return log_q_TJ
 
 
-def _prior_estimate(a: View, b: View, a_in_b_TK: Ranks, b_in_a_TK: Ranks, draws_in_b_Tm: Ranks) -> Floats:
-    """[T] KL(A‖B) with B's tail filled from its mean."""
-    filled = _Filled(b)
-    t, k = np.nonzero(a_in_b_TK < 0)
-    log_ratio = a.logp_TK[t, k] - filled.log_q(t, a.targets.token_ids[t, k])
-    on_head_T = _on_shared(a, b, a_in_b_TK) + np.bincount(t, a.p_TK[t, k] * log_ratio, minlength=len(a.tail_T))
-    if draws_in_b_Tm.shape[1]:
-        log_q_Tm = np.take_along_axis(b.logp_TK, np.maximum(draws_in_b_Tm, 0), axis=1)
-        t, j = np.nonzero(draws_in_b_Tm < 0)
-        log_q_Tm[t, j] = filled.log_q(t, a.targets.tail_samples[t, j])
-        mean_log_q_T = log_q_Tm.mean(axis=1)
+def _on_tail(a: View, b: View, b_in_a_TK: Ranks | None, draws_in_b_Tm: Ranks | None) -> Floats:
+    """[T] the prior estimate's sum over A's tail; ranks as for ``log_q``, none where nothing of one is in the other."""
+    if a.targets.tail_samples.shape[1]:
+        mean_log_q_T = b.filled.log_q(a.targets.tail_samples, draws_in_b_Tm).mean(axis=1)
     else:
-        mean_log_q_T = _mean_log_q_of_average(a, b, filled, b_in_a_TK)
+        mean_log_q_T = _mean_log_q_of_average(a, b, b_in_a_TK)
     has_tail_T = a.tail_T > 0
     on_tail_T = a.tail_T * (np.where(has_tail_T, a.targets.log_tail, 0.0) - a.targets.tail_entropy - mean_log_q_T)
-    estimate_T: Floats = on_head_T + np.where(has_tail_T, on_tail_T, 0.0)
-    return estimate_T
+    part_T: Floats = np.where(has_tail_T, on_tail_T, 0.0)
+    return part_T
 
 
-def _mean_log_q_of_average(a: View, b: View, filled: _Filled, b_in_a_TK: Ranks) -> Floats:
+def _mean_log_q_of_average(a: View, b: View, b_in_a_TK: Ranks | None) -> Floats:
     """[T] the mean of log q over A's tail where that is A's mean tail: no draws were stored."""
-    pi_V, log_pi_b_V = a.prior.pi_V, b.prior.log_pi_V
+    pi_V, log_pi_b_V, scale_T = a.prior.pi_V, b.prior.log_pi_V, b.filled.scale_T
     none_T = np.full(len(a.tail_T), -1)
     mass_T = a.prior.sum_outside(pi_V, a.targets.token_ids, none_T)
-    total_T = a.prior.sum_outside(pi_V * log_pi_b_V, a.targets.token_ids, none_T) + filled.scale_T * mass_T
-    t, k = np.nonzero(b_in_a_TK < 0)
+    total_T = a.prior.sum_outside(pi_V * log_pi_b_V, a.targets.token_ids, none_T) + scale_T * mass_T
+    t, k = np.nonzero(b_in_a_TK < 0) if b_in_a_TK is not None else (np.zeros(0, np.int64),) * 2
     ids = b.targets.token_ids[t, k]
-    gain = np.take(pi_V, ids) * (b.logp_TK[t, k] - filled.scale_T[t] - np.take(log_pi_b_V, ids))
+    gain = np.take(pi_V, ids) * (b.logp_TK[t, k] - scale_T[t] - np.take(log_pi_b_V, ids))
     total_T += np.bincount(t, gain, minlength=len(total_T))
     t = np.flatnonzero(a.target_in_tail_T & b.target_in_tail_T)
     y = a.true_next_T[t]
-    total_T[t] += pi_V[y] * (b.log_target_T[t] - filled.scale_T[t] - log_pi_b_V[y])
+    total_T[t] += pi_V[y] * (b.log_target_T[t] - scale_T[t] - log_pi_b_V[y])
     return np.where(mass_T > 0, total_T / np.maximum(mass_T, _SMALLEST), 0.0)
 
 
-def _self_estimate(a: View, b: View, a_in_b_TK: Ranks, draws_in_b_Tm: Ranks, beyond: Prior | None) -> Floats:
+def _self_estimate(a: View, b: View, only_a_TK: Bools, draws_in_b_Tm: Ranks, beyond: Prior | None) -> Floats:
     """[T] the prior estimate of KL(A‖A) with as much of A unknown as there is of B; the truth is 0."""
-    num, k_a = a.targets.token_ids.shape
-    k = min(k_a, b.targets.token_ids.shape[1])
-    known = a.head_only(k, beyond) if k < k_a and beyond is not None else a
-    own_TK = np.broadcast_to(np.arange(k_a, dtype=np.int32), (num, k_a))
-    own_TK = np.where(own_TK < known.targets.token_ids.shape[1], own_TK, -1).astype(np.int32)
-    nowhere_Tm = np.full(a.targets.tail_samples.shape, -1, dtype=np.int32)
-    known_in_a_TK = np.zeros(known.targets.token_ids.shape, dtype=np.int32)
-    estimate_T = _prior_estimate(a, known, own_TK, known_in_a_TK, nowhere_Tm)
-    if k_a >= b.targets.token_ids.shape[1]:
+    k_a, k_b = a.targets.token_ids.shape[1], b.targets.token_ids.shape[1]
+    if k_b < k_a and beyond is not None:
+        known = a.head_only(k_b, beyond)
+        log_q_TK = known.filled.log_q(a.targets.token_ids[:, k_b:], None)
+        on_head_T: Floats = np.einsum("tk,tk->t", a.p_TK[:, k_b:], a.logp_TK[:, k_b:] - log_q_TK)
+        return on_head_T + _on_tail(a, known, None, None)
+    estimate_T = _on_tail(a, a, None, None)
+    if k_a >= k_b:
         return estimate_T
     # B keeps more tokens: of A's tail, only what lies outside B's head is unknown.
-    outside_T = np.einsum("tk,tk->t", a.p_TK, a_in_b_TK < 0)
+    outside_T: Floats = np.einsum("tk,tk->t", a.p_TK, only_a_TK)
     if draws_in_b_Tm.shape[1]:
         outside_T += a.tail_T * (draws_in_b_Tm < 0).mean(axis=1)
     else:

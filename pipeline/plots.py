@@ -15,7 +15,7 @@ from typing import Literal
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from tailcache.pipeline.bootstrap import Figure
 from tailcache.pipeline.compare import Comparison
@@ -103,8 +103,9 @@ def curves_png(
         axes.set_yscale(yscale)
         for axis, scale in ((axes.xaxis, xscale), (axes.yaxis, yscale)):
             if scale == "log":
-                axis.set_major_formatter(ScalarFormatter())
-                axis.set_minor_formatter(NullFormatter())
+                axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+                axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.6g}"))
+                axis.set_minor_locator(NullLocator())
         axes.legend(frameon=False)
 
     return _render(draw, title, xlabel, ylabel)
@@ -139,7 +140,7 @@ def comparison_plots(comparison: Comparison) -> dict[str, bytes]:
                 label: [(k, f.low, f.high) for k, f in mass.items() if f.low is not None and f.high is not None]
                 for label, mass in masses.items()
             },
-            title=f"Mass beyond the K most likely tokens ({where};\nband: {percent} over rows)",
+            title=f"Mass beyond the K most likely tokens ({where};\nband: {percent} interval over rows)",
             xlabel="K, tokens kept",
             ylabel=r"mean tail mass $\alpha_K$ (probability)",
             xscale="log",
@@ -154,13 +155,13 @@ def comparison_plots(comparison: Comparison) -> dict[str, bytes]:
             "lower bound (certain)": [d.kl_lower_bound for d in comparison.divergences],
             "estimate (see the assumption)": [d.kl_estimate for d in comparison.divergences],
         },
-        title=f"KL between teachers ({where};\nbars: {percent} over rows)",
+        title=f"KL between teachers ({where};\nlines: {percent} intervals over rows)",
         label="KL (nats per position)",
     )
     plots["agreement"] = _bars(
         [f"{p.first}, {p.second}" for p in comparison.pairs],
         {"same most likely token": [p.top1_agreement for p in comparison.pairs]},
-        title=f"Top-1 agreement between teachers ({where};\nbars: {percent} over rows)",
+        title=f"Top-1 agreement between teachers ({where};\nlines: {percent} intervals over rows)",
         label="share of positions",
         limits=(0.0, 1.0),
     )
@@ -206,7 +207,7 @@ def _bars(
         if limits is not None:
             axes.set_xlim(*limits)
         if len(groups) > 1:
-            axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=len(groups))
+            axes.figure.legend(frameon=False, loc="outside lower center", ncols=len(groups))
 
     rows = max(1.6, 0.42 * len(names) * len(groups))
     return _render(draw, title, label, "", inches=(_INCHES[0], 1.6 + rows))
