@@ -85,8 +85,9 @@ def test_what_is_appended_comes_back(tmp_path: Path, vocab_size: int) -> None:
     assert corpus.manifest["source"] == FINISH["source"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_small_shards")
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(lengths=st.lists(st.integers(1, 40), min_size=3, max_size=12), seed=st.integers(0, 99))
 def test_many_small_objects(tmp_path_factory: pytest.TempPathFactory, lengths: list[int], seed: int) -> None:
     path = tmp_path_factory.mktemp("cache")

@@ -33,6 +33,7 @@ def test_equals_zarr(tmp_path: Path, vocab_size: int, top_k: int, num_samples: i
                     np.testing.assert_array_equal(fast, slow[first:last])
 
 
+@pytest.mark.slow
 def test_every_flipped_byte_of_what_is_read_is_refused(tmp_path: Path) -> None:
     exact = make_exact(make_corpus(tmp_path), chunk=4)
     exact.write("t")
