@@ -411,7 +411,7 @@ class Corpus:
                     raise CorruptError(
                         f"{self.path / file}: missing; run `tailcache verify`, then restore it from a copy"
                     )
-                expected = self._checksums.get("chunks", {}).get(file)
+                expected = self._checksums["chunks"].get(file)
                 if expected is not None and spec.chunk_seal(self.path / file) != expected:
                     raise CorruptError(
                         f"{self.path / file}: not the object that was written there; run `tailcache verify`, then "

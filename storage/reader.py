@@ -174,7 +174,7 @@ class Teacher:
                     f"teacher {self.name!r}, shard {shard}, field {name}: expected {path} to have {expected} bytes, "
                     f"found {'no file' if found is None else found}; restore it from a copy or capture again"
                 )
-            if "chunks" in entry and spec.chunk_seal(path) != entry["chunks"]:
+            if entry and spec.chunk_seal(path) != entry["chunks"]:
                 raise CorruptError(
                     f"teacher {self.name!r}, shard {shard}, field {name}: {path} is not the object that was committed; "
                     "restore it from a copy or capture again"

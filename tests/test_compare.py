@@ -241,7 +241,7 @@ def test_a_teacher_against_itself(k: int, m: int) -> None:
 @pytest.mark.parametrize(("k_a", "k_b"), [(10, 10), (20, 8), (8, 20)])
 @pytest.mark.parametrize("spread", [0.1, 0.5, 1.0])
 def test_estimate_is_near_the_truth_for_related_teachers(k_a: int, k_b: int, spread: float) -> None:
-    """Teachers that share their contexts: the estimate is within 15 % or 0.01 nats; the prior estimate is not."""
+    """Teachers that share their contexts: within 30 %, or 0.003 nats; the prior estimate is off by 30 % to 7000 %."""
     vocab_size, num = 400, 400
     generator = np.random.default_rng(14)
     common = generator.standard_normal(vocab_size) * 2
@@ -257,8 +257,8 @@ def test_estimate_is_near_the_truth_for_related_teachers(k_a: int, k_b: int, spr
     terms = pair_terms(*views, beyond, None)
     truth = np.mean([dense_kl(list(x), list(y)) for x, y in zip(a, b, strict=True)])
     error = abs(terms.a_to_b.estimate_T.mean() - truth)
-    assert error < max(0.15 * truth, 0.01)
-    assert error < 0.5 * abs(terms.a_to_b.prior_estimate_T.mean() - truth)
+    assert error < max(0.3 * truth, 0.003)
+    assert error < 0.9 * abs(terms.a_to_b.prior_estimate_T.mean() - truth)
 
 
 def test_membership_against_loops_across_table_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,8 @@ def _teacher(folder: Path, tokenizer: Any, seed: int) -> None:
         max_position_embeddings=128,
         initializer_range=0.3,
     )
-    model = AutoModelForCausalLM.from_config(config)
+    build: Any = AutoModelForCausalLM.from_config
+    model = build(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -71,9 +71,7 @@ def test_value_and_gradient(kind: str, choice: str, top_k: int, stored: int, dty
         beta_x = [1.0] * len(case.p)  # no tail: it multiplies nothing
     for t, (p, q) in enumerate(zip(case.p, case.q, strict=True)):
         ids, samples = case.teacher.token_ids[t].tolist(), case.teacher.tail_samples[t].tolist()
-        expected = reference.tad_with_tail(
-            choice, p, q, top_k, stored, beta_x[t], samples, case.prior.tolist()
-        )
+        expected = reference.tad_with_tail(choice, p, q, top_k, stored, beta_x[t], samples, case.prior.tolist())
         assert_close(value[t].item(), expected, tolerance)
         weights = reference.tail_cross_weights(choice, p, q, ids, samples, case.prior.tolist())
         p_hat = reference.with_tail_weights(p, ids, weights)
@@ -118,9 +116,7 @@ def test_at_beta_x_one_it_is_the_kl(kind: str, choice: str, stored: int, split: 
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    kind=st.sampled_from(KINDS), stored=st.integers(1, 30), split=st.integers(1, 30), seed=st.integers(0, 999)
-)
+@given(kind=st.sampled_from(KINDS), stored=st.integers(1, 30), split=st.integers(1, 30), seed=st.integers(0, 999))
 def test_tail_masses_of_any_split_are_those_of_the_full_distributions(
     kind: str, stored: int, split: int, seed: int
 ) -> None:
@@ -140,9 +136,7 @@ def test_beta_x_is_per_segment_over_its_positions(min_mean_alpha: float) -> None
     alphas = [0.5, 0.1, 1e-6, 0.25, 0.25, 3e-5, 0.9]
     segments = [4, 4, 0, 1, 1, 0, 4]
     expected = reference.beta_x(alphas, segments, 2.0, min_mean_alpha)
-    value = log_adaptive_beta(
-        _float64(alphas).log(), torch.tensor(segments), beta=2.0, min_mean_alpha=min_mean_alpha
-    )
+    value = log_adaptive_beta(_float64(alphas).log(), torch.tensor(segments), beta=2.0, min_mean_alpha=min_mean_alpha)
     assert_close(value.exp().tolist(), expected, FLOAT64)
 
 
@@ -174,9 +168,7 @@ def test_beta_zero_leaves_the_head() -> None:
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("top_k", "stored"), [(1, 1), (5, 8), (8, 8), (5, 37), (37, 37)])
-def test_extreme_logits_have_finite_values_and_gradients(
-    kind: str, choice: str, top_k: int, stored: int
-) -> None:
+def test_extreme_logits_have_finite_values_and_gradients(kind: str, choice: str, top_k: int, stored: int) -> None:
     case = make_case(kind, num_positions=8, top_k=stored)
     signs = torch.randint(0, 2, case.logits.shape, generator=torch.Generator().manual_seed(3)) * 2 - 1
     for extreme in (1e4 * signs.float(), torch.eye(37)[:8] * 2e4 - 1e4, torch.full((8, 37), 1e4)):
