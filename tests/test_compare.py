@@ -95,7 +95,7 @@ def test_tail_mass_is_a_sum_of_positive_terms() -> None:
     dense = np.full((3, 8), 1e-14)
     dense[:, 0] = 1 - 7e-14
     targets = make_targets(dense, [0, 1, 2], top_k=4, num_samples=0)
-    view = View.of(targets, np.array([0, 1, 2]), Prior(np.ones(8, np.float32) / 8))
+    view = View.of(targets, np.array([0, 1, 2]), Prior(np.full(8, 1 / 8, np.float32)))
     columns = compare_sums._teacher_columns(view)
     for k in (1, 2, 3, 4):
         np.testing.assert_allclose(columns[f"alpha_{k}"], (8 - k) * 1e-14, rtol=1e-4)
@@ -142,7 +142,7 @@ def both(
         targets = make_targets(dense, true_next, top_k=k, num_samples=m)
         views.append(View.of(targets, np.array(true_next), prior))
         priors.append(prior)
-    return pair_terms(*views), priors[0], priors[1]
+    return pair_terms(views[0], views[1]), priors[0], priors[1]
 
 
 @given(
@@ -254,7 +254,7 @@ def test_estimate_is_near_the_truth_for_related_teachers(k_a: int, k_b: int, spr
         prior = Prior((tail_sum(dense, k) / num).astype(np.float32))
         views.append(View.of(make_targets(dense, true_next, top_k=k, num_samples=16), np.array(true_next), prior))
     beyond = Prior((tail_sum(a, k_b) / num).astype(np.float32)) if k_b < k_a else None
-    terms = pair_terms(*views, beyond, None)
+    terms = pair_terms(views[0], views[1], beyond)
     truth = np.mean([dense_kl(list(x), list(y)) for x, y in zip(a, b, strict=True)])
     error = abs(terms.a_to_b.estimate_T.mean() - truth)
     assert error < max(0.3 * truth, 0.003)

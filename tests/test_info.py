@@ -1,0 +1,159 @@
+"""info: what is in a cache, from its records alone, finished or not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from compare_fixtures import Position, add_teacher, make_corpus, random_dense
+
+from tailcache.scripts.cli import main
+from tailcache.scripts.info import cache_info, info_text
+from tailcache.storage.corpus import Corpus
+from tailcache.storage.errors import CorruptError, IncompleteError, MismatchError, NotFoundError
+from tailcache.storage.inventory import corpus_bytes, teacher_inventory
+
+V = 40
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> tuple[Corpus, list[Position]]:
+    corpus, positions = make_corpus(tmp_path / "c", vocab_size=V)
+    dense = random_dense(len(positions), V, seed=1)
+    add_teacher(corpus, positions, "done", dense, top_k=5, num_samples=3)
+    add_teacher(corpus, positions, "half", dense, top_k=6, num_samples=0, stop_after=1)
+    return corpus, positions
+
+
+def on_disk(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def test_corpus_is_counted(built: tuple[Corpus, list[Position]]) -> None:
+    corpus, positions = built
+    info = cache_info(corpus.path.parent)["corpus"]
+    assert info["rows"] == 9
+    assert info["held_out_rows"] == 3
+    assert info["target_positions"] == len(positions)
+    assert info["held_out_target_positions"] == sum(p.held_out for p in positions)
+    assert info["tokens"] == corpus.num_tokens
+    assert info["hash"] == corpus.hash
+    assert info["tokenizer"]["fingerprint"] == {"all": "t"}
+    assert info["source"]["kind"] == "test"
+    assert info["recipe"] == {"context_length": 20}
+    for name, size in corpus_bytes(corpus).items():
+        assert size == on_disk(corpus.path / name / "c" if name != "tokenizer" else corpus.path / name)
+
+
+def test_a_finished_teacher(built: tuple[Corpus, list[Position]]) -> None:
+    corpus, positions = built
+    done = cache_info(corpus.path.parent)["teachers"][0]
+    assert (done["name"], done["complete"]) == ("done", True)
+    assert done["shards_committed"] == done["shards"] > 1
+    assert done["positions_committed"] == done["positions"] == len(positions)
+    assert (done["top_k"], done["num_samples"], done["vocab_size"]) == (5, 3, V)
+    assert done["settings"] == {"teacher": "done"}
+    folder = corpus.path.parent / "teachers" / "done"
+    for field, size in done["bytes"].items():
+        assert size == on_disk(folder / field / "c"), field
+        assert done["bytes_per_position"][field] == pytest.approx(size / len(positions))
+    assert done["bytes_per_position_total"] == pytest.approx(done["bytes_total"] / len(positions))
+    assert set(done["bytes"]) == {
+        "token_codes", "logprob_gaps", "log_tail", "tail_entropy", "log_target", "log_not_target", "tail_sample_codes",
+    }  # fmt: skip
+    assert done["constant_bytes"] == {
+        name: on_disk(folder / name / "c") for name in ("vocabulary_order", "logprob_levels", "mean_tail")
+    }
+    assert done["bytes_total"] + sum(done["constant_bytes"].values()) + done["record_bytes"] == on_disk(folder)
+
+
+def test_an_unfinished_teacher(built: tuple[Corpus, list[Position]]) -> None:
+    corpus, _ = built
+    half = cache_info(corpus.path.parent)["teachers"][1]
+    assert (half["name"], half["complete"], half["shards_committed"]) == ("half", False, 1)
+    assert 0 < half["positions_committed"] < half["positions"]
+    assert "tail_sample_codes" not in half["bytes"]
+    assert half["bytes_per_position"]["log_tail"] == half["bytes"]["log_tail"] / half["positions_committed"]
+    text = info_text(cache_info(corpus.path.parent))
+    assert "half: NOT FINISHED" in text
+    assert f"of {half['shards']} committed" in text
+
+
+def test_nothing_but_records_is_read(built: tuple[Corpus, list[Position]]) -> None:
+    corpus, _ = built
+    before = cache_info(corpus.path.parent)
+    for file in (corpus.path.parent / "teachers").rglob("c/*"):
+        if file.is_file():
+            file.write_bytes(bytes(file.stat().st_size))
+    (corpus.path / "tokens/c/0").write_bytes(bytes((corpus.path / "tokens/c/0").stat().st_size))
+    assert cache_info(corpus.path.parent) == before
+
+
+def test_a_teacher_without_a_committed_shard(built: tuple[Corpus, list[Position]]) -> None:
+    corpus, _ = built
+    folder = corpus.path.parent / "teachers" / "half"
+    for file in (folder / "commits").iterdir():
+        file.unlink()
+    half = cache_info(corpus.path.parent)["teachers"][1]
+    assert half["positions_committed"] == 0
+    assert half["bytes_per_position_total"] is None
+    assert "NOT FINISHED" in info_text(cache_info(corpus.path.parent))
+
+
+def test_damaged_records(built: tuple[Corpus, list[Position]]) -> None:
+    corpus, _ = built
+    folder = corpus.path.parent / "teachers" / "done"
+    commits = sorted((folder / "commits").iterdir())
+    first, second = commits[0].read_bytes(), commits[1].read_bytes()
+    commits[1].write_bytes(first)
+    with pytest.raises(CorruptError, match="another shard"):
+        teacher_inventory(corpus, "done")
+    commits[1].unlink()
+    with pytest.raises(CorruptError, match="missing, though"):
+        teacher_inventory(corpus, "done")
+    commits[1].write_bytes(second.replace(b"positions", b"positionz"))
+    with pytest.raises(CorruptError, match="checksum"):
+        teacher_inventory(corpus, "done")
+    with pytest.raises(NotFoundError, match="nobody"):
+        teacher_inventory(corpus, "nobody")
+
+
+def test_a_teacher_of_another_corpus(built: tuple[Corpus, list[Position]], tmp_path: Path) -> None:
+    corpus, _ = built
+    other, _ = make_corpus(tmp_path / "other", vocab_size=V, seed=5)
+    (corpus.path.parent / "teachers").rename(other.path.parent / "teachers")
+    with pytest.raises(MismatchError, match="captured over"):
+        cache_info(other.path.parent)
+
+
+def test_the_verb(built: tuple[Corpus, list[Position]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = built[0].path.parent
+    assert main(["info", "--cache", str(cache), "--json", str(tmp_path / "new" / "i.json")]) == 0
+    printed = capsys.readouterr().out
+    for word in ("held out", "bytes/position", "token_codes", "tokenizer", "source", "recipe", "settings"):
+        assert word in printed
+    assert json.loads((tmp_path / "new" / "i.json").read_text()) == cache_info(cache)
+    assert max(map(len, printed.splitlines())) < 200
+
+
+def test_a_corpus_without_teachers_and_no_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_corpus(tmp_path / "c")
+    assert main(["info", "--cache", str(tmp_path / "c")]) == 0
+    assert "tailcache capture" in capsys.readouterr().out
+    assert main(["info", "--cache", str(tmp_path / "none")]) == 1
+    (tmp_path / "unfinished" / "corpus.tmp").mkdir(parents=True)
+    with pytest.raises(IncompleteError):
+        cache_info(tmp_path / "unfinished")
+
+
+def test_per_position_bytes_use_committed_positions_only(built: tuple[Corpus, list[Position]]) -> None:
+    corpus, _ = built
+    inventory = teacher_inventory(corpus, "half")
+    first, last = inventory.layout.shard_rows(0)
+    offsets = corpus.target_offsets(first, last)
+    assert inventory.positions == int(offsets[-1] - offsets[0])
+    assert np.isclose(
+        sum(inventory.bytes_per_position.values()), sum(inventory.field_bytes.values()) / inventory.positions
+    )
