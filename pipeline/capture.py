@@ -25,8 +25,9 @@ from tqdm import tqdm
 from tailcache.pipeline.config import CaptureConfig
 from tailcache.pipeline.draws import draw_key, uniforms
 from tailcache.pipeline.head import HeadSummary, summarise_logits
+from tailcache.pipeline.load_teacher import load_teacher, load_teacher_tokenizer, model_revision
 from tailcache.pipeline.segments import batch_segments
-from tailcache.pipeline.teacher import Teacher, load_teacher, load_teacher_tokenizer, model_revision
+from tailcache.pipeline.teacher import Teacher
 from tailcache.storage.codec import SCALARS
 from tailcache.storage.corpus import Corpus, Rows
 from tailcache.storage.errors import ConfigError, MismatchError, TeacherError

@@ -82,9 +82,9 @@ def bench(config: BenchCapture) -> None:
     import torch
 
     from tailcache.pipeline.capture import capture
+    from tailcache.pipeline.load_teacher import load_teacher
     from tailcache.pipeline.prepare import prepare
     from tailcache.pipeline.segments import batch_segments
-    from tailcache.pipeline.teacher import load_teacher
     from tailcache.storage.reader import open_cache
 
     if config.threads is not None:

@@ -114,7 +114,7 @@ def _capture(config: Quickstart, cache: Path, name: str, bits: int | None) -> No
                 teacher=str(smollm2()),
                 name=name,
                 weight_bits=bits,
-                shard_positions=16_384,
+                shard_positions=24_000,
                 threads=config.threads,
             )
         )

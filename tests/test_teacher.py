@@ -16,8 +16,10 @@ from gguf_fixtures import write_llama_gguf
 from tokenizer_fixtures import build_tokenizer
 from torch import Tensor
 
-from tailcache.pipeline import teacher as teacher_module
-from tailcache.pipeline.teacher import Teacher, load_teacher, load_teacher_tokenizer, locate, round_weights
+from tailcache.pipeline import load_teacher as teacher_module
+from tailcache.pipeline.load_teacher import load_teacher, load_teacher_tokenizer, locate
+from tailcache.pipeline.rounding import round_weights
+from tailcache.pipeline.teacher import Teacher
 from tailcache.storage.errors import ConfigError, TailcacheError, TeacherError
 from tailcache.storage.fingerprint import fingerprint
 
