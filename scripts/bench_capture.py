@@ -7,7 +7,6 @@ same batches, same precision of the head. Peak memory of each is taken in a proc
 
 from __future__ import annotations
 
-import resource
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import tyro
 
 from tailcache.pipeline.config import CaptureConfig
 from tailcache.scripts.embedded import docstring_corpus, smollm2
-from tailcache.scripts.measure import Bar, report, spread
+from tailcache.scripts.measure import Bar, peak_mib, report, reset_peak, spread
 
 __all__ = ["BenchCapture", "main"]
 
@@ -128,8 +127,9 @@ def bench(config: BenchCapture) -> None:
             return time.perf_counter() - start
 
         if config.role != "both":
+            reset_peak()  # loading a model takes more than running it
             forward() if config.role == "forward" else whole()
-            print(f"peak_mib {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f}")
+            print(f"peak_mib {peak_mib():.0f}")
             return
         teacher.probe(torch.from_numpy(corpus.rows(0, 1).tokens))
         forward(), whole()

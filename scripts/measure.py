@@ -6,9 +6,11 @@ turn in one run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
+import resource
 import statistics
 import sys
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Bar", "conditions", "report", "spread"]
+__all__ = ["Bar", "conditions", "peak_mib", "report", "reset_peak", "spread"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,22 @@ def conditions() -> dict[str, Any]:
         if torch.cuda.is_available():
             found["gpu"] = torch.cuda.get_device_name()
     return found
+
+
+def reset_peak() -> None:
+    """Forget this process' peak memory so far, where the system can (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mib() -> float:
+    """Peak resident memory of this process since ``reset_peak``, MiB."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
