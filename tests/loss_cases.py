@@ -78,9 +78,7 @@ def student_logits(num_positions: int, vocab_size: int, seed: int = 1, scale: fl
     return scale * torch.randn((num_positions, vocab_size), generator=generator, dtype=torch.float64)
 
 
-def cached(
-    logprobs_TV: Tensor, top_k: int, num_samples: int, next_tokens_T: Tensor, seed: int = 2
-) -> TeacherTerms:
+def cached(logprobs_TV: Tensor, top_k: int, num_samples: int, next_tokens_T: Tensor, seed: int = 2) -> TeacherTerms:
     """What a cache stores of these distributions, without a codec, in their dtype."""
     num_positions, vocab_size = logprobs_TV.shape
     values, ids = logprobs_TV.sort(dim=-1, descending=True, stable=True)
@@ -90,9 +88,7 @@ def cached(
         normalised = tail - log_tail[:, None]
         tail_entropy = -(normalised.exp() * normalised).sum(-1)
         generator = torch.Generator().manual_seed(seed)
-        draws = torch.multinomial(
-            normalised.exp(), max(num_samples, 1), replacement=True, generator=generator
-        )
+        draws = torch.multinomial(normalised.exp(), max(num_samples, 1), replacement=True, generator=generator)
         samples = ids[:, top_k:].gather(-1, draws)[:, :num_samples]
     else:
         log_tail = logprobs_TV.new_full((num_positions,), -math.inf)

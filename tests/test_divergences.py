@@ -35,9 +35,7 @@ def _float64(values: object) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def _kl(
-    logits: Tensor, teacher: TeacherTerms, next_tokens: Tensor, choice: str, prior: Tensor | None
-) -> Tensor:
+def _kl(logits: Tensor, teacher: TeacherTerms, next_tokens: Tensor, choice: str, prior: Tensor | None) -> Tensor:
     student = student_terms(logits, teacher, next_tokens, prior_V=prior)
     return forward_kl(teacher, student, TAILS[choice])
 
@@ -121,9 +119,7 @@ def test_kl_of_a_distribution_with_itself_is_zero(
     top_k=st.integers(1, 37),
     seed=st.integers(0, 10_000),
 )
-def test_shifting_logits_or_renaming_ids_changes_nothing(
-    choice: str, shift: float, top_k: int, seed: int
-) -> None:
+def test_shifting_logits_or_renaming_ids_changes_nothing(choice: str, shift: float, top_k: int, seed: int) -> None:
     case = make_case("random", top_k=top_k, seed=seed)
     plain = _kl(case.logits, case.teacher, case.next_tokens, choice, case.prior)
     shifted = _kl(case.logits + shift, case.teacher, case.next_tokens, choice, case.prior)
@@ -133,9 +129,7 @@ def test_shifting_logits_or_renaming_ids_changes_nothing(
     new_id = torch.argsort(order)
     fields = {name: getattr(case.teacher, name) for name in TeacherTerms.__dataclass_fields__}
     fields["token_ids"], fields["tail_samples"] = new_id[fields["token_ids"]], new_id[fields["tail_samples"]]
-    renamed = _kl(
-        case.logits[:, order], TeacherTerms(**fields), new_id[case.next_tokens], choice, case.prior[order]
-    )
+    renamed = _kl(case.logits[:, order], TeacherTerms(**fields), new_id[case.next_tokens], choice, case.prior[order])
     assert_close(renamed, plain, FLOAT64)
 
 
