@@ -1,0 +1,57 @@
+"""Benchmarks: bars that can fail, figures that are written down, and a reader bench that runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tailcache.scripts.bench_reader import BenchReader, bench, synthetic_targets
+from tailcache.scripts.measure import Bar, peak_mib, report, reset_peak, spread
+
+
+def test_bars_know_which_side_is_good() -> None:
+    assert Bar(name="ratio", value=1.2, limit=1.25, at_most=True).met
+    assert not Bar(name="ratio", value=1.3, limit=1.25, at_most=True).met
+    assert Bar(name="rate", value=6.0, limit=5.0, at_most=False).met
+    assert "MISSED" in str(Bar(name="rate", value=4.0, limit=5.0, at_most=False))
+
+
+def test_a_missed_bar_fails_the_check_and_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bars = [Bar(name="rate", value=4.0, limit=5.0, at_most=False)]
+    report("b", {"rate": 4.0}, bars, json_path=tmp_path / "sub" / "b.json", check=False)
+    record = json.loads((tmp_path / "sub" / "b.json").read_text())
+    assert record["figures"] == {"rate": 4.0}
+    assert record["bars"][0]["met"] is False
+    assert record["conditions"]["cores"] >= 1
+    with pytest.raises(SystemExit) as stopped:
+        report("b", {"rate": 4.0}, bars, json_path=None, check=True)
+    assert stopped.value.code == 1
+    assert "rate" in capsys.readouterr().err
+
+
+def test_spread() -> None:
+    assert spread([3.0, 1.0, 2.0]) == {"min": 1.0, "median": 2.0, "max": 3.0}
+
+
+def test_peak_memory_is_of_what_came_after_the_reset() -> None:
+    reset_peak()
+    before = peak_mib()
+    block = np.ones(64 << 17)  # 64 MiB
+    assert peak_mib() >= before + 32
+    del block
+
+
+def test_synthetic_targets_are_distributions() -> None:
+    targets = synthetic_targets(50, 1000, 8, 4)
+    mass = np.exp(targets.logprobs.astype(np.float64)).sum(axis=1) + np.exp(targets.log_tail.astype(np.float64))
+    np.testing.assert_allclose(mass, 1, atol=1e-5)
+    assert all(len(set(row)) == 8 for row in targets.token_ids.tolist())
+
+
+def test_the_reader_bench_runs(tmp_path: Path) -> None:
+    out = tmp_path / "reader.json"
+    bench(BenchReader(positions=3000, row_positions=100, vocab_size=500, top_k=8, num_samples=2, repeats=1, json=out))
+    assert json.loads(out.read_text())["figures"]["positions"] == 3000
