@@ -35,6 +35,7 @@ check: lint types test
 bench: $(VENV)/.ready
 	$(RUN) -m tailcache.scripts.bench_capture
 	$(RUN) -m tailcache.scripts.bench_reader
+	$(RUN) -m tailcache.scripts.bench_codec
 
 $(VENV)/.ready: pyproject.toml scripts/make_venv.sh
 	@PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" sh scripts/make_venv.sh "$(VENV)"

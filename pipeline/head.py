@@ -5,8 +5,8 @@ hold the K largest logits); block sums are what makes the log-sum-exp accurate (
 in float64) and what the draws search in (first a block, then a token in it). Nothing is computed as one minus
 something: the tail has its own maximum and its own sum, so its mass is right to seven digits at 1e-30 too.
 
-Why not ``log_softmax`` + ``topk`` + ``multinomial``: on two cores that costs as much as the model's forward pass, and
-float32 ``log_softmax`` over 49,152 logits is off by 9e-6 nats on average.
+Why not ``log_softmax`` + ``topk`` + ``multinomial``: they take half as long again on a CPU, give less, and float32
+``log_softmax`` over 49,152 logits has twenty times the error of normalisation (``scripts/bench_codec.py``).
 
 Legend: T positions, V vocabulary padded to a multiple of 64, B blocks of 64, K kept tokens, m draws.
 """

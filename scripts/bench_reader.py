@@ -2,7 +2,8 @@
 
 A cache of synthetic Zipf-like distributions (decoding does not depend on the values) is written once and read with
 ``Teacher.stream``, whole epochs in shuffled order, one process, warm disk. In turn with it, as the baseline: the same
-rows in a fully random order, each read and decoded by itself (``Teacher.row``), on a sample of the rows.
+rows in a fully random order, each read and decoded by itself (``Teacher.row``), on a sample of the rows. And the fields
+of one shard without decoding, read directly and through zarr-python's own pipeline.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import numpy as np
 import tyro
 
 from tailcache.scripts.measure import Bar, report, spread
+from tailcache.storage.arrays import open_array, read_slice
 from tailcache.storage.corpus import CorpusWriter
+from tailcache.storage.objects import read_object
 from tailcache.storage.reader import open_cache
 from tailcache.storage.targets import Targets, TargetsWriter, plan_layout
 
@@ -132,7 +135,20 @@ def bench(config: BenchReader) -> None:
                 seen += len(teacher.row(int(row)))
             return seen / (time.perf_counter() - start)
 
-        stream(0), random_rows(0)
+        def fields(direct: bool) -> float:
+            """Read, without decoding, every field of the first shard: directly, or through zarr-python's pipeline."""
+            offsets = cache.corpus.target_offsets(*teacher.layout.shard_rows(0))
+            num = int(offsets[-1] - offsets[0])
+            start = time.perf_counter()
+            for name, spec in teacher.layout.fields().items():
+                if direct:
+                    read_object(teacher.path / spec.object_path(0), spec, 0, num, name)
+                else:
+                    read_slice(open_array(teacher.path / name), 0, num, lambda: "bench")
+            return (time.perf_counter() - start) / num * 1e6
+
+        stream(0), random_rows(0), fields(True), fields(False)
+        reads = [(fields(True), fields(False)) for _ in range(config.repeats)]
         pairs = [(stream(epoch), random_rows(epoch)) for epoch in range(1, config.repeats + 1)]
     streamed = spread([a for a, _ in pairs])
     figures = {
@@ -143,6 +159,8 @@ def bench(config: BenchReader) -> None:
         "shuffled_positions_per_s": streamed,
         "single_rows_positions_per_s": spread([b for _, b in pairs]),
         "shuffled / single rows": spread([a / b for a, b in pairs]),
+        "read_us_per_position": spread([a for a, _ in reads]),
+        "zarr-python / direct read": spread([b / a for a, b in reads]),
     }
     bars = [
         Bar(
