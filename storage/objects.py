@@ -1,8 +1,8 @@
 """Read slots of one shard object: the hot path of training, without zarr-python's scheduling.
 
 What zarr-python does for such a read is four calls of numcodecs and one NumPy copy per chunk; its asynchronous
-pipeline takes twice as long around them (``scripts/bench_reader.py``). So the same calls are made here directly. That both read the
-same values is tested, and anything but this hot path goes through zarr-python.
+pipeline takes twice as long around them (``scripts/bench_reader.py``). So the same calls are made here directly. That
+both read the same values is tested, and anything but this hot path goes through zarr-python.
 
 An object is the chunks, in any order, and then an index: (offset, length) of each chunk as little-endian uint64, and
 the index' CRC-32C. Each chunk is blosc(bytes(transpose(values))) and its own CRC-32C.
