@@ -31,7 +31,7 @@ from tailcache.pipeline.teacher import Teacher
 from tailcache.storage.codec import SCALARS
 from tailcache.storage.corpus import Corpus, Rows
 from tailcache.storage.errors import ConfigError, MismatchError, TeacherError
-from tailcache.storage.fingerprint import fingerprint
+from tailcache.storage.fingerprint import differing_components, fingerprint
 from tailcache.storage.layout import Layout
 from tailcache.storage.reader import open_cache
 from tailcache.storage.targets import Targets, TargetsWriter, plan_layout
@@ -218,8 +218,7 @@ def _check_tokenizer(config: CaptureConfig, corpus: Corpus) -> str:
     if tokenizer is None:
         return "no tokenizer lies beside the teacher: only the size of its vocabulary was checked"
     expected = corpus.manifest["tokenizer"].get("fingerprint", {})
-    found = fingerprint(tokenizer)
-    different = [part for part in sorted(expected) if part != "all" and found.get(part) != expected[part]]
+    different = differing_components(expected, fingerprint(tokenizer)) if expected else []
     if different:
         raise MismatchError(
             f"teacher {config.teacher}: its tokenizer does not match the corpus {corpus.path}: expected the same "

@@ -380,10 +380,7 @@ class Corpus:
     @cached_property
     def _checksums(self) -> dict[str, dict[str, str]]:
         path = self.path / "checksums.json"
-        data = path.read_bytes() if path.is_file() else b""
-        if durable.sha256(data) != self.manifest["checksums"]:
-            raise CorruptError(f"{path}: missing or not what was written; restore it from a copy")
-        return unseal(data, str(path))
+        return unseal(durable.read_checked(path, self.manifest["checksums"]), str(path))
 
     def read(self, name: str, first: int, last: int) -> NDArray[Any]:
         """``array[first:last]`` of one array, checked against its checksums on the way.
@@ -392,11 +389,7 @@ class Corpus:
           CorruptError: an object is missing or damaged.
         """
         if name not in self._arrays:
-            path = self.path / name / "zarr.json"
-            if not path.is_file() or durable.sha256(path.read_bytes()) != self._checksums["files"].get(
-                f"{name}/zarr.json"
-            ):
-                raise CorruptError(f"{path}: missing or not what was written; restore it from a copy")
+            durable.read_checked(self.path / name / "zarr.json", self._checksums["files"].get(f"{name}/zarr.json"))
             self._arrays[name] = open_array(self.path / name)
         spec = self._specs[name]
         if last > self._arrays[name].shape[0]:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tailcache.storage.arrays import open_array, read_slice
 from tailcache.storage.codec import Targets
 from tailcache.storage.corpus import Corpus, Rows
-from tailcache.storage.durable import sha256
+from tailcache.storage.durable import read_checked, sha256
 from tailcache.storage.errors import CorruptError, IncompleteError, MismatchError, NotFoundError
 from tailcache.storage.layout import Layout, check_name, commit_path
 from tailcache.storage.objects import read_object
@@ -120,9 +120,7 @@ class Teacher:
     @cached_property
     def _codec(self) -> Any:
         for name in self._fields:
-            path = self.path / name / "zarr.json"
-            if not path.is_file() or sha256(path.read_bytes()) != self.manifest["files"].get(f"{name}/zarr.json"):
-                raise CorruptError(f"{path}: missing or not what was written; restore it from a copy")
+            read_checked(self.path / name / "zarr.json", self.manifest["files"].get(f"{name}/zarr.json"))
         return load_codec(self.path, self.layout, self.manifest["files"])
 
     @cached_property
@@ -133,9 +131,7 @@ class Teacher:
         """
         known = {**self.manifest["files"], **self.complete["files"]}
         for file in ("mean_tail/zarr.json", self.layout.constants()["mean_tail"].object_path(0)):
-            path = self.path / file
-            if not path.is_file() or sha256(path.read_bytes()) != known.get(file):
-                raise CorruptError(f"{path}: missing or not what was written; restore it from a copy")
+            read_checked(self.path / file, known.get(file))
         return read_slice(open_array(self.path / "mean_tail"), 0, self.vocab_size, lambda: f"{self.path}, mean_tail")
 
     @cached_property

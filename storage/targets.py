@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tailcache.storage import durable
-from tailcache.storage.arrays import group_metadata
+from tailcache.storage.arrays import group_metadata, open_array, read_slice
 from tailcache.storage.codec import Codec, Targets, logprob_levels, vocabulary_order
 from tailcache.storage.corpus import Corpus
 from tailcache.storage.errors import ConfigError, CorruptError, MismatchError, StorageError
@@ -124,10 +124,9 @@ class TargetsWriter:
         self._lock = _lock(self.path)
         try:
             self._manifest_seal, self._codec = self._resume()
-            self.num_committed = self._count_commits() if self._manifest_seal else 0
+            self.num_committed, self.bytes_written = self._count_commits() if self._manifest_seal else (0, 0)
             self.complete = self._check_complete()
             self._tail_sum = self._load_tail_sum()
-            self.bytes_written = self._committed_bytes()
         except BaseException:
             self.close()
             raise
@@ -154,12 +153,13 @@ class TargetsWriter:
             )
         return durable.sha256(data), load_codec(self.path, self.layout, manifest["files"])
 
-    def _count_commits(self) -> int:
-        count = 0
+    def _count_commits(self) -> tuple[int, int]:
+        """Committed shards, and the bytes of their objects."""
+        count = size = 0
         while count < self.layout.num_shards and (self.path / commit_path(count)).is_file():
-            self._check_commit(count)
+            size += sum(entry["bytes"] for entry in self._check_commit(count)["files"].values())
             count += 1
-        return count
+        return count, size
 
     def _check_commit(self, shard: int) -> dict[str, Any]:
         path = self.path / commit_path(shard)
@@ -183,13 +183,6 @@ class TargetsWriter:
         ):
             raise CorruptError(f"{path}: belongs to another manifest or other commit records; restore the right one")
         return True
-
-    def _committed_bytes(self) -> int:
-        return sum(
-            entry["bytes"]
-            for shard in range(self.num_committed)
-            for entry in self._check_commit(shard)["files"].values()
-        )
 
     def _partial(self, shard: int) -> Path:
         return self.path / "partial" / f"tail_sum-{shard:08d}.bin"
@@ -360,8 +353,6 @@ def load_codec(path: Path, layout: Layout, checksums: dict[str, str]) -> Codec:
     Raises:
       CorruptError: either is missing or damaged.
     """
-    from tailcache.storage.arrays import open_array, read_slice
-
     values = []
     for name in ("vocabulary_order", "logprob_levels"):
         for file in (f"{name}/zarr.json", layout.constants()[name].object_path(0)):
