@@ -1,20 +1,28 @@
 """What a loss may look at: a few numbers per target position, for the teacher and for the student.
 
-Every loss here is a function of ``TeacherTerms`` (from the cache) and ``StudentTerms`` (from the student's
-forward), so it does not care how the student's numbers were made: ``student_terms`` makes them from full
-logits. A primitive that never holds ``[T, V]`` only has to return the same dataclass.
+Every loss is a function of ``TeacherTerms`` (from the cache) and ``StudentTerms`` (from the student's forward), so
+it does not care how the student's numbers were made. ``student_terms`` makes them from full logits;
+``fused_head`` makes them from hidden states and never holds ``[T, V]``. Both go through ``HeadTerms``, which is
+all that anything here ever asks of a row of logits:
 
-Everything is in log space, in nats, in float32 or wider. The student's terms are about the *teacher's*
-top-K ids: ``log_beyond`` is the student's mass off those ids, by a log-sum-exp over the others, never ``1 -
-sum``.
+    log sum over V minus E of exp z,   the logits at some ids,   the mean of z over V minus E under some fills
 
-Legend: T target positions, V vocabulary, K kept by the teacher, m tail samples.
+with E the teacher's top-K ids and the true next token.
+
+Everything is in log space, in nats, in float32 or wider. The student's terms are about the *teacher's* top-K ids:
+``log_beyond`` is the student's mass off those ids, a sum over the others, never ``1 - sum``; so is
+``log_not_target``, its mass off the true token.
+
+Legend: T target positions, V vocabulary, K kept by the teacher, m tail samples, E = K + 1 excluded ids, G = K + m
++ 1 gathered ids, F fills, n temperatures. p teacher, q student, z the student's logits, H the top-K ids, y the true
+next token.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +30,20 @@ from torch.autograd.function import once_differentiable
 
 from tailcache.storage.errors import MismatchError
 
-__all__ = ["StudentTerms", "TeacherTerms", "student_terms", "weighted"]
+__all__ = [
+    "HeadTerms",
+    "StudentTerms",
+    "TeacherTerms",
+    "Tempered",
+    "fill_masses",
+    "log_sum",
+    "student_terms",
+    "terms_from_head",
+    "weighted",
+]
+
+Rows = slice | Tensor
+Terms = TypeVar("Terms", "TeacherTerms", "Tempered", "StudentTerms")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +56,12 @@ class TeacherTerms:
       logprobs: [T, K] log p of those ids.
       log_tail: [T] log of the mass off them, -inf where there is none (K == V).
       tail_entropy: [T] entropy of that tail, normalised, in nats; 0 where there is none.
-      tail_samples: [T, m] int64 ids drawn from p restricted to that tail; m may be 0.
+      tail_samples: [T, m] int64 ids drawn in proportion to p restricted to that tail; m may be 0.
       log_target: [T] log p(y) of the true next token.
       log_not_target: [T] log(1 - p(y)).
+      next_tokens: [T] int64, y itself.
+      temperatures: the n temperatures that ``log_z_tail`` is about.
+      log_z_tail: [T, n] log of the sum of p^(1 / temperature) over the ids off the top-K; None if not stored.
     """
 
     vocab_size: int
@@ -48,6 +72,12 @@ class TeacherTerms:
     tail_samples: Tensor
     log_target: Tensor
     log_not_target: Tensor
+    next_tokens: Tensor
+    temperatures: tuple[float, ...] = ()
+    log_z_tail: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.token_ids.shape[0]
 
     @property
     def top_k(self) -> int:
@@ -64,6 +94,32 @@ class TeacherTerms:
         """Whether any id lies beyond the stored K."""
         return self.top_k < self.vocab_size
 
+    @property
+    def is_target(self) -> Tensor:
+        """[T, K] bool: which of the top-K ids is the true next token."""
+        return self.token_ids == self.next_tokens[:, None]
+
+    def rows(self, rows: Rows) -> TeacherTerms:
+        """The terms of some of the positions."""
+        return _rows(self, rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tempered:
+    """The student's distribution at another temperature, softmax(z / temperature); differentiable.
+
+    Attributes:
+      logprobs: [T, K] its log-probs of the teacher's top-K ids.
+      log_beyond: [T] log of its mass off them, -inf where K == V.
+    """
+
+    logprobs: Tensor
+    log_beyond: Tensor
+
+    def rows(self, rows: Rows) -> Tempered:
+        """The terms of some of the positions."""
+        return _rows(self, rows)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StudentTerms:
@@ -72,42 +128,175 @@ class StudentTerms:
     Attributes:
       logprobs: [T, K] log q of the teacher's top-K ids.
       log_target: [T] log q(y) of the true next token.
+      log_not_target: [T] log(1 - q(y)), a sum over the other ids.
       sample_logprobs: [T, m] log q of the teacher's tail samples.
-      log_beyond: [T] log of the student's mass off the teacher's top-K ids, -inf (a constant) where K == V;
-        None if it was not asked for.
-      prior_logprob: [T] mean of log q under the prior restricted to V minus the top-K and renormalised;
-        None if it was not asked for, or where K == V.
+      log_beyond: [T] log of the student's mass off the teacher's top-K ids, -inf (a constant) where K == V.
+      fill_logprobs: for each fill asked for, [T] the mean of log q under the fill restricted to V minus the top-K and
+        renormalised; 0 where it has no mass there.
+      fill_logprobs_not_target: the same over V minus the top-K and minus y.
+      tempered: for each further temperature asked for, the student at it.
     """
 
     logprobs: Tensor
     log_target: Tensor
+    log_not_target: Tensor
     sample_logprobs: Tensor
-    log_beyond: Tensor | None = None
-    prior_logprob: Tensor | None = None
+    log_beyond: Tensor
+    fill_logprobs: Mapping[str, Tensor] = field(default_factory=dict)
+    fill_logprobs_not_target: Mapping[str, Tensor] = field(default_factory=dict)
+    tempered: Mapping[float, Tempered] = field(default_factory=dict)
+
+    def rows(self, rows: Rows) -> StudentTerms:
+        """The terms of some of the positions."""
+        return _rows(self, rows)
+
+
+def _rows(terms: Terms, rows: Rows) -> Terms:
+    def part(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[rows]
+        if isinstance(value, Tempered):
+            return value.rows(rows)
+        return {name: part(each) for name, each in value.items()} if isinstance(value, Mapping) else value
+
+    changed: dict[str, Any] = {each.name: part(getattr(terms, each.name)) for each in fields(terms)}
+    return replace(terms, **changed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadTerms:
+    """What is asked of T rows of logits z; differentiable but for ``largest_rest``.
+
+    The sums are given relative to the largest logit of the rest, so that logits of 1e4 cost no digits.
+
+    Attributes:
+      log_sum_rest: [T, n] log of the sum over V minus E of exp((z - largest_rest) / temperature), the first
+        temperature being 1; -inf where E is all of V.
+      largest_rest: [T] the largest z in V minus E, a constant; -inf where E is all of V.
+      gathered: [T, G] z at the top-K ids, the tail samples and the true next token, in this order.
+      fill_means: [T, F] the mean of z over V minus E under each fill; 0 where it has no mass there.
+    """
+
+    log_sum_rest: Tensor
+    largest_rest: Tensor
+    gathered: Tensor
+    fill_means: Tensor
+
+
+def wanted_ids(teacher: TeacherTerms) -> tuple[Tensor, Tensor]:
+    """The excluded ids [T, K + 1] (the last may repeat one before) and the gathered ids [T, K + m + 1]."""
+    target_T1 = teacher.next_tokens[:, None]
+    return (
+        torch.cat([teacher.token_ids, target_T1], dim=-1),
+        torch.cat([teacher.token_ids, teacher.tail_samples, target_T1], dim=-1),
+    )
+
+
+def fill_masses(fill: Tensor, teacher: TeacherTerms) -> Tensor:
+    """[T] float64, a fill's mass over V minus the top-K and minus the true next token.
+
+    Args:
+      fill: [V] or [T, V] weights >= 0.
+      teacher: says which ids.
+
+    Cost: K + 1 gathers per position; the whole row only where nearly all mass is on the excluded ids, since the
+    difference would have no digits left there.
+    """
+    excluded_TE, _ = wanted_ids(teacher)
+    wide = fill.double()
+    total_T = wide.sum(-1).expand(len(teacher))
+    taken_TE = wide[excluded_TE] if fill.dim() == 1 else wide.gather(-1, excluded_TE)
+    in_head_T = teacher.is_target.any(-1)
+    mass_T = total_T - taken_TE[:, :-1].sum(-1) - torch.where(in_head_T, 0.0, taken_TE[:, -1])
+    lost_T = mass_T < 1e-9 * total_T
+    if bool(lost_T.any()):
+        rest = (wide.expand(int(lost_T.sum()), -1) if fill.dim() == 1 else wide[lost_T]).clone()
+        mass_T = mass_T.masked_scatter(lost_T, rest.scatter_(-1, excluded_TE[lost_T], 0.0).sum(-1))
+    return mass_T
+
+
+def terms_from_head(
+    head: HeadTerms,
+    teacher: TeacherTerms,
+    *,
+    fills: Mapping[str, Tensor] | None = None,
+    temperatures: Sequence[float] = (),
+) -> StudentTerms:
+    """Normalise: from logits at a few ids and the sums over the rest to log-probs.
+
+    Args:
+      head: of the same positions.
+      teacher: its ids were excluded and gathered.
+      fills: the weights that ``head.fill_means`` is about, in its order; [V] or [T, V] each.
+      temperatures: the further temperatures that ``head.log_sum_rest`` has columns for.
+
+    Returns:
+      The terms, in the dtype of ``head``.
+    """
+    num_kept = teacher.top_k
+    # Relative to the largest logit of all: subtracting it first keeps the digits of near-certain distributions.
+    largest_T = torch.maximum(head.gathered.detach().amax(-1), head.largest_rest)
+    shifted = head.gathered - largest_T[:, None]
+    head_TK, sample_Tm, target_T1 = torch.split(shifted, [num_kept, teacher.num_samples, 1], dim=-1)
+    target_T = target_T1[:, 0]
+    rest_T = head.log_sum_rest[:, 0] + (head.largest_rest - largest_T)
+    in_head_T = teacher.is_target.any(-1)
+    target_beyond_T = torch.where(in_head_T, -torch.inf, target_T)
+    beyond_T = log_sum(torch.stack([rest_T, target_beyond_T], dim=-1))
+    others_TK = head_TK.masked_fill(teacher.is_target, -torch.inf)
+    not_target_T = log_sum(torch.cat([others_TK, rest_T[:, None]], dim=-1))
+    log_z_T = torch.logaddexp(target_T, not_target_T)
+
+    fill_logprobs, fill_not_target = {}, {}
+    for index, (name, fill) in enumerate((fills or {}).items()):
+        mass_T = fill_masses(fill, teacher)
+        target_share_T = (
+            fill[teacher.next_tokens] if fill.dim() == 1 else fill.gather(-1, teacher.next_tokens[:, None])[:, 0]
+        )
+        share_T = torch.where(in_head_T, 0.0, target_share_T.double())
+        whole_T = mass_T + share_T
+        weight_T = torch.where(whole_T > 0, share_T / torch.where(whole_T > 0, whole_T, 1.0), 0.0).to(log_z_T.dtype)
+        mean_T = head.fill_means[:, index] - largest_T
+        fill_not_target[name] = torch.where(mass_T > 0, mean_T - log_z_T, 0.0)
+        both_T = torch.where(mass_T > 0, (1 - weight_T) * mean_T, 0.0) + weight_T * target_T - log_z_T
+        fill_logprobs[name] = torch.where(whole_T > 0, both_T, 0.0)
+
+    tempered = {}
+    for index, temperature in enumerate(temperatures, start=1):
+        rest_at_T = head.log_sum_rest[:, index] + (head.largest_rest - largest_T) / temperature
+        beyond_at_T = log_sum(torch.stack([rest_at_T, target_beyond_T / temperature], dim=-1))
+        head_at_TK = head_TK / temperature
+        log_z_at_T = log_sum(torch.cat([head_at_TK, beyond_at_T[:, None]], dim=-1))
+        tempered[temperature] = Tempered(logprobs=head_at_TK - log_z_at_T[:, None], log_beyond=beyond_at_T - log_z_at_T)
+
+    return StudentTerms(
+        logprobs=head_TK - log_z_T[:, None],
+        log_target=target_T - log_z_T,
+        log_not_target=not_target_T - log_z_T,
+        sample_logprobs=sample_Tm - log_z_T[:, None],
+        log_beyond=beyond_T - log_z_T,
+        fill_logprobs=fill_logprobs,
+        fill_logprobs_not_target=fill_not_target,
+        tempered=tempered,
+    )
 
 
 def student_terms(
     logits_TV: Tensor,
     teacher: TeacherTerms,
-    next_tokens_T: Tensor,
     *,
-    want_beyond: bool = True,
-    prior_V: Tensor | None = None,
+    fills: Mapping[str, Tensor] | None = None,
+    temperatures: Sequence[float] = (),
 ) -> StudentTerms:
     """Reduce the student's full logits to what the losses need.
 
-    With z the logits and Z = log sum_V exp z: log q_i = z_i - Z; the mass off the head H is
-    log sum_{V minus H} exp z - Z; the prior's cross term is (sum_{V minus H} pi z) / (sum_{V minus H} pi) -
-    Z, both sums taken over the masked prior, because sum_V - sum_H cancels where the head holds nearly all
-    of pi.
-
     Args:
-      logits_TV: [T, W] logits at temperature 1 in any float type, W >= V. Columns from V on are padding
-        rows of the head and are cut off before anything is normalised.
+      logits_TV: [T, W] logits at temperature 1 in any float type, W >= V. Columns from V on are padding rows of the
+        head and are cut off before anything is normalised.
       teacher: the targets of the same positions.
-      next_tokens_T: [T] int64 true next tokens, in [0, V).
-      want_beyond: also compute ``log_beyond`` (TAD and the bucket need it).
-      prior_V: [V] the teacher's mean tail distribution; also compute ``prior_logprob``.
+      fills: weights >= 0 by name, [V] for one that all positions share (the teacher's mean tail), [T, V] for one of
+        their own; their means of log q beyond the top-K are wanted.
+      temperatures: further temperatures at which the student is wanted.
 
     Returns:
       The terms, in float32, or in float64 for float64 logits.
@@ -115,72 +304,80 @@ def student_terms(
     Raises:
       MismatchError: the logits are narrower than the vocabulary, or of another number of positions.
 
-    Cost: one copy of [T, V] held until the backward, whatever is asked for; one more for the prior.
+    Cost: one copy of [T, V] held until the backward; one more for each fill and each temperature.
     """
     num_positions, width = logits_TV.shape
     vocab_size = teacher.vocab_size
-    if width < vocab_size or num_positions != teacher.token_ids.shape[0]:
+    if width < vocab_size or num_positions != len(teacher):
         raise MismatchError(
-            f"student logits: expected [{teacher.token_ids.shape[0]} positions, at least {vocab_size} ids], "
-            f"found {[num_positions, width]}; the student's head must cover the corpus' vocabulary"
+            f"student logits: expected [{len(teacher)} positions, at least {vocab_size} ids], found "
+            f"{[num_positions, width]}; the student's head must cover the corpus' vocabulary"
         )
     logits_TV = logits_TV[:, :vocab_size]
     if logits_TV.dtype not in (torch.float32, torch.float64):
         logits_TV = logits_TV.float()
-    # One gather for all ids, so that its backward is one scatter.
-    gathered_ids = torch.cat([teacher.token_ids, teacher.tail_samples, next_tokens_T[:, None]], dim=-1)
-    excluded_ids = teacher.token_ids if want_beyond and teacher.has_tail else teacher.token_ids[:, :0]
+    fills = fills or {}
+    excluded_TE, gathered_TG = wanted_ids(teacher)
     reduce: Any = _LogSumExpExcept.apply
-    log_rest_T, gathered = reduce(logits_TV, excluded_ids, gathered_ids)
-    log_beyond_T = None
-    if excluded_ids.shape[-1]:
-        # Z in positive parts: the head's ids are distinct, and the rest is summed already.
-        log_z_T = torch.logsumexp(torch.cat([gathered[:, : teacher.top_k], log_rest_T[:, None]], dim=-1), dim=-1)
-        log_beyond_T = log_rest_T - log_z_T
-    else:
-        log_z_T = log_rest_T
-        if want_beyond:
-            log_beyond_T = torch.full_like(log_z_T, -torch.inf, requires_grad=False)
-    logprobs, sample_logprobs, log_target = torch.split(
-        gathered - log_z_T[:, None], [teacher.top_k, teacher.num_samples, 1], dim=-1
+    # The gather's backward rides on the first sum's, so that there is one scatter.
+    sums_T, largest_T, gathered = reduce(logits_TV, excluded_TE, gathered_TG, 1.0)
+    sums = [sums_T, *(reduce(logits_TV, excluded_TE, gathered_TG[:, :0], tau)[0] for tau in temperatures)]
+    means = []
+    for fill in fills.values():
+        rest_TV = fill.to(logits_TV.dtype).expand(num_positions, vocab_size).scatter(-1, excluded_TE, 0.0)
+        mass_T = rest_TV.sum(-1)
+        means.append(torch.where(mass_T > 0, (rest_TV * logits_TV).sum(-1) / torch.where(mass_T > 0, mass_T, 1.0), 0.0))
+    head = HeadTerms(
+        log_sum_rest=torch.stack(sums, dim=-1),
+        largest_rest=largest_T,
+        gathered=gathered,
+        fill_means=torch.stack(means, dim=-1) if means else gathered[:, :0],
     )
-
-    prior_logprob_T = None
-    if prior_V is not None and teacher.has_tail:
-        prior_TV = prior_V.to(logits_TV.dtype).expand(num_positions, vocab_size)
-        prior_TV = prior_TV.scatter(-1, teacher.token_ids, 0.0)
-        prior_logprob_T = (prior_TV * logits_TV).sum(-1) / prior_TV.sum(-1) - log_z_T
-
-    return StudentTerms(
-        logprobs=logprobs,
-        log_target=log_target[:, 0],
-        sample_logprobs=sample_logprobs,
-        log_beyond=log_beyond_T,
-        prior_logprob=prior_logprob_T,
-    )
+    return terms_from_head(head, teacher, fills=fills, temperatures=temperatures)
 
 
 class _LogSumExpExcept(torch.autograd.Function):
-    """Log-sum-exp over the vocabulary minus some ids, and the logits at some ids: all that a loss asks of [T, V].
+    """Log of the sum of exp((z - largest) / temperature) over V minus some ids, and z at some ids.
 
     Holds one buffer of the logits' size, the exponentials, from forward to backward, and makes one more for the
     gradient; autograd's own operations would make five.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits_TV: Tensor, excluded_TE: Tensor, gathered_TG: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, logits_TV: Tensor, excluded_TE: Tensor, gathered_TG: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         exponentials_TV = logits_TV.scatter(-1, excluded_TE, -torch.inf)
-        largest_T1 = exponentials_TV.amax(-1, keepdim=True)
-        sums_T1 = exponentials_TV.sub_(largest_T1).exp_().sum(-1, keepdim=True)
-        ctx.save_for_backward(exponentials_TV, sums_T1, gathered_TG)
-        return (largest_T1 + sums_T1.log())[:, 0], logits_TV.gather(-1, gathered_TG)
+        largest_T = exponentials_TV.amax(-1)
+        exponentials_TV.sub_(largest_T.masked_fill(largest_T == -torch.inf, 0.0)[:, None])
+        if temperature != 1.0:
+            exponentials_TV.div_(temperature)
+        sums_T = exponentials_TV.exp_().sum(-1)
+        ctx.temperature = temperature
+        ctx.save_for_backward(exponentials_TV, sums_T, gathered_TG)
+        ctx.mark_non_differentiable(largest_T)
+        return sums_T.log(), largest_T, logits_TV.gather(-1, gathered_TG)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_T: Tensor, grad_TG: Tensor) -> tuple[Tensor, None, None]:
-        exponentials_TV, sums_T1, gathered_TG = ctx.saved_tensors
-        gradient_TV = exponentials_TV * (grad_T[:, None] / sums_T1)
-        return gradient_TV.scatter_add_(-1, gathered_TG, grad_TG), None, None
+    def backward(ctx: Any, grad_T: Tensor, _: Tensor, grad_TG: Tensor) -> tuple[Tensor, None, None, None]:
+        exponentials_TV, sums_T, gathered_TG = ctx.saved_tensors
+        scale_T = torch.where(sums_T > 0, grad_T / (ctx.temperature * torch.where(sums_T > 0, sums_T, 1.0)), 0.0)
+        return (exponentials_TV * scale_T[:, None]).scatter_add_(-1, gathered_TG, grad_TG), None, None, None
+
+
+def log_sum(values_TA: Tensor) -> Tensor:
+    """Log-sum-exp over the last axis; -inf, with gradient 0, where all are -inf.
+
+    ``torch.logsumexp`` gives NaN gradients there.
+    """
+    largest_T1 = values_TA.detach().amax(-1, keepdim=True)
+    any_T1 = largest_T1 > -torch.inf
+    sums_T = (values_TA - torch.where(any_T1, largest_T1, 0.0)).exp().sum(-1)
+    any_T = any_T1[..., 0]
+    return torch.where(
+        any_T, torch.where(any_T, sums_T, 1.0).log() + torch.where(any_T, largest_T1[..., 0], 0.0), -torch.inf
+    )
 
 
 def weighted(log_weight: Tensor, value: Tensor) -> Tensor:
