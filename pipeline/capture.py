@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from tailcache.pipeline.config import CaptureConfig
-from tailcache.pipeline.draws import draw_key, uniforms
+from tailcache.pipeline.draws import SAMPLING, draw_key, systematic_points
 from tailcache.pipeline.head import HeadSummary, summarise_logits
 from tailcache.pipeline.load_teacher import load_teacher, load_teacher_tokenizer, model_revision
 from tailcache.pipeline.segments import batch_segments
@@ -134,7 +134,7 @@ def capture_rows(
         hidden_BLD = teacher.hidden(torch.from_numpy(batch.input_ids).to(device))
         hidden_TD = hidden_BLD[torch.from_numpy(batch.segment).to(device), torch.from_numpy(batch.place).to(device)]
         next_T = torch.from_numpy(batch.next_token).to(device)
-        uniforms_Tm = torch.from_numpy(uniforms(key, batch.target + first_target, num_samples)).to(device)
+        points_Tm = torch.from_numpy(systematic_points(key, batch.target + first_target, num_samples)).to(device)
         for a in range(0, len(next_T), matmul):
             logits_TV = teacher.logits(hidden_TD[a : a + matmul])
             if tail_sum_V is None:
@@ -149,7 +149,7 @@ def capture_rows(
                     summarise_logits(
                         piece_TV,
                         next_T[chunk],
-                        uniforms_Tm[chunk],
+                        points_Tm[chunk],
                         vocab_size=teacher.vocab_size,
                         top_k=top_k,
                         tail_sum_V=tail_sum_V,
@@ -270,6 +270,7 @@ def _settings(config: CaptureConfig, teacher: Teacher) -> dict[str, Any]:
         "device": device,
         "batch_positions": config.batch_positions,
         "head_chunk": [chunk, summary],
+        "sampling": SAMPLING,
         "sample_seed": config.sample_seed,
         "versions": _versions(),
     }

@@ -156,8 +156,8 @@ class CaptureConfig:
     """K, the most likely tokens kept at each position; students may train on any K' <= K."""
 
     num_samples: int = 16
-    """Draws from the rest of the vocabulary kept at each position; they make the tail's gradient unbiased.
-    0 where K is the whole vocabulary."""
+    """Draws from the rest of the vocabulary kept at each position, systematic ones; they make the tail's gradient
+    unbiased. 0 where K is the whole vocabulary."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the model; auto is the checkpoint's own, and bfloat16 for GGUF. Logits are always float32."""
@@ -191,7 +191,7 @@ class CaptureConfig:
     """Run model code that comes with a hub model."""
 
     sample_seed: int = 0
-    """Another seed gives independent draws of the tail."""
+    """Another seed draws the tail again, independently."""
 
     weight_bits: int | None = None
     """Round the teacher's linear weights to so many bits first: what would quantising this teacher cost?"""

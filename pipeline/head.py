@@ -59,7 +59,7 @@ def mask_padding(logits_TV: Tensor, vocab_size: int) -> Tensor:
 def summarise_logits(
     logits_TV: Tensor,
     targets_T: Tensor,
-    uniforms_Tm: Tensor,
+    points_Tm: Tensor,
     *,
     vocab_size: int,
     top_k: int,
@@ -71,7 +71,7 @@ def summarise_logits(
     Args:
       logits_TV: [T, V] float32 logits at temperature 1, contiguous, V a multiple of 64, padding masked.
       targets_T: [T] int64, the true next token.
-      uniforms_Tm: [T, m] float64 in [0, 1), one per draw.
+      points_Tm: [T, m] float64 in [0, 1], where the tail's distribution function is inverted, one per draw.
       vocab_size: real tokens; 1 <= top_k <= vocab_size <= V.
       top_k: tokens kept.
       tail_sum_V: [V] float64, to which the sum of the T normalised tails is added; none to skip it.
@@ -128,7 +128,7 @@ def summarise_logits(
         unnormalised_T = tail_T.log() + tail_max_T.double()
         log_total_T = torch.logaddexp(log_head_T, unnormalised_T)
         log_tail_T = unnormalised_T - log_total_T
-        samples_Tm = _draw(exp_TBb, cumulative_TB, uniforms_Tm)
+        samples_Tm = _draw(exp_TBb, cumulative_TB, points_Tm)
         if tail_sum_V is not None:
             tail_sum_V.add_((tail_T.reciprocal().float()[None, :] @ exp_TV)[0])
 
@@ -151,7 +151,7 @@ def summarise_logits(
     )
 
 
-def _draw(exp_TBb: Tensor, cumulative_TB: Tensor, uniforms_Tm: Tensor) -> Tensor:
+def _draw(exp_TBb: Tensor, cumulative_TB: Tensor, points_Tm: Tensor) -> Tensor:
     """Invert the tail's distribution function: a block by its cumulative sum, then a token in the block.
 
     A token is drawn only if its own mass is positive: the first index whose cumulative sum exceeds the threshold, or,
@@ -165,10 +165,10 @@ def _draw(exp_TBb: Tensor, cumulative_TB: Tensor, uniforms_Tm: Tensor) -> Tensor
         return torch.minimum(found, last).clamp_(max=cumulative.shape[-1] - 1)
 
     num, _, _ = exp_TBb.shape
-    m = uniforms_Tm.shape[1]
+    m = points_Tm.shape[1]
     if m == 0:
         return torch.empty((num, 0), dtype=torch.int64, device=exp_TBb.device)
-    thresholds_Tm = uniforms_Tm * cumulative_TB[:, -1:]
+    thresholds_Tm = points_Tm * cumulative_TB[:, -1:]
     block_Tm = search(cumulative_TB, thresholds_Tm)
     below_Tm = torch.where(block_Tm > 0, cumulative_TB.gather(1, (block_Tm - 1).clamp(min=0)), 0.0)
     mass_Tm = cumulative_TB.gather(1, block_Tm) - below_Tm

@@ -66,7 +66,7 @@ class Targets:
     log_not_target: NDArray[np.float32]
     """[T] nats, log of one minus that probability."""
     tail_samples: NDArray[np.int32]
-    """[T, m] independent draws from the other tokens, in proportion to their probability; in no order."""
+    """[T, m] draws from the other tokens; a token's expected count is m times its share of their mass. In no order."""
 
     def __len__(self) -> int:
         return len(self.log_tail)

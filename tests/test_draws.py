@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tailcache.pipeline.draws import draw_key, uniforms
+from tailcache.pipeline.draws import draw_key, systematic_points, uniforms
 
 WORD = (1 << 64) - 1
 
@@ -19,8 +19,8 @@ def split_mix(state: int) -> int:
     return z ^ (z >> 31)
 
 
-def reference(key: int, position: int, num: int, j: int) -> float:
-    keyed = (key + 0x9E3779B97F4A7C15 * (position * num + j)) & WORD
+def reference(key: int, position: int) -> float:
+    keyed = (key + 0x9E3779B97F4A7C15 * position) & WORD
     first = split_mix((keyed - 0x9E3779B97F4A7C15) & WORD)
     return (split_mix(first) >> 11) / 2.0**53
 
@@ -29,28 +29,40 @@ def reference(key: int, position: int, num: int, j: int) -> float:
 def test_they_are_what_the_published_generator_gives(key: int) -> None:
     """Also what fixes them for good: stored draws must stay reproducible from version to version."""
     positions = np.array([0, 1, 17, 1 << 20, (1 << 62) + 5])
-    found = uniforms(key, positions, 3)
-    expected = [[reference(key, int(p), 3, j) for j in range(3)] for p in positions]
-    np.testing.assert_array_equal(found, expected)
+    expected = np.array([reference(key, int(p)) for p in positions])
+    np.testing.assert_array_equal(uniforms(key, positions), expected)
+    grid = (expected[:, None] + np.array([0.0, 1.0, 2.0])) / 3
+    np.testing.assert_array_equal(systematic_points(key, positions, 3), grid)
 
 
 def test_the_numbers_of_a_position_are_its_own() -> None:
     positions = np.arange(1000)
-    whole = uniforms(5, positions, 16)
+    whole = systematic_points(5, positions, 16)
     order = np.random.default_rng(0).permutation(1000)
-    np.testing.assert_array_equal(uniforms(5, positions[order], 16), whole[order])
+    np.testing.assert_array_equal(systematic_points(5, positions[order], 16), whole[order])
     for start in (0, 1, 999):
-        np.testing.assert_array_equal(uniforms(5, positions[start : start + 1], 16), whole[start : start + 1])
+        alone = slice(start, start + 1)
+        np.testing.assert_array_equal(systematic_points(5, positions[alone], 16), whole[alone])
+    np.testing.assert_array_equal(systematic_points(5, positions, 1)[:, 0], uniforms(5, positions))
     assert len(np.unique(whole)) == whole.size
 
 
 def test_shapes_and_range() -> None:
-    assert uniforms(1, np.empty(0, np.int64), 4).shape == (0, 4)
-    assert uniforms(1, np.arange(3), 0).shape == (3, 0)
-    values = uniforms(1, np.arange(50_000), 4)
+    assert systematic_points(1, np.empty(0, np.int64), 4).shape == (0, 4)
+    assert systematic_points(1, np.arange(3), 0).shape == (3, 0)
+    values = uniforms(1, np.arange(200_000))
     assert values.min() >= 0
     assert values.max() < 1
     assert (values * 2.0**53 == np.floor(values * 2.0**53)).all()
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 16, 64])
+def test_one_point_in_each_mth_of_the_way_all_shifted_alike(num: int) -> None:
+    points = systematic_points(3, np.arange(5000), num)
+    assert (np.floor(points * num) == np.arange(num)).all()
+    np.testing.assert_allclose(np.diff(points, axis=1), 1 / num, rtol=1e-12)
+    for column in points.T:  # each by itself is uniform within its part
+        assert abs(deviation(np.bincount((column * num * 64).astype(int) % 64, minlength=64))) < 4.5
 
 
 def deviation(counts: NDArray[np.int64]) -> float:
@@ -61,20 +73,21 @@ def deviation(counts: NDArray[np.int64]) -> float:
 
 
 def test_even_in_one_dimension_and_between_neighbours() -> None:
-    values = uniforms(draw_key("some corpus", 0), np.arange(50_000), 4)
-    assert abs(deviation(np.bincount((values * 256).astype(int).ravel(), minlength=256))) < 4.5
+    values = uniforms(draw_key("some corpus", 0), np.arange(200_000))
+    assert abs(deviation(np.bincount((values * 256).astype(int), minlength=256))) < 4.5
     cells = (values * 16).astype(int)
-    for a, b in ((cells[:, 0], cells[:, 1]), (cells[:-1, 0], cells[1:, 0]), (cells[:-1, 3], cells[1:, 0])):
-        assert abs(deviation(np.bincount(a * 16 + b, minlength=256))) < 4.5
+    for distance in (1, 2, 3, 16, 100, 4096):
+        a, b = cells[:-distance], cells[distance:]
+        assert abs(deviation(np.bincount(a * 16 + b, minlength=256))) < 4.5, distance
 
 
 def test_seeds_and_corpora_are_independent() -> None:
-    positions = np.arange(20_000)
+    positions = np.arange(40_000)
     keys = [draw_key("a", 0), draw_key("a", 1), draw_key("b", 0), draw_key("a", -1)]
     assert len(set(keys)) == 4
     assert keys == [draw_key("a", 0), draw_key("a", 1), draw_key("b", 0), draw_key("a", -1)]
     assert all(0 <= key <= WORD for key in keys)
-    cells = [(uniforms(key, positions, 2) * 16).astype(int).ravel() for key in keys]
+    cells = [(uniforms(key, positions) * 16).astype(int) for key in keys]
     for i in range(4):
         for j in range(i):
             assert abs(deviation(np.bincount(cells[i] * 16 + cells[j], minlength=256))) < 4.5

@@ -15,22 +15,24 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tailcache.pipeline.draws import draw_key, uniforms
+from tailcache.pipeline.draws import draw_key, systematic_points
 from tailcache.pipeline.head import HeadSummary, mask_padding, padded_width, summarise_logits
 
 Floats = NDArray[np.float32]
 DIGITS = Context(prec=50, Emin=-(10**9), Emax=10**9)
 
 
-def summarise(logits: Floats, targets: Any, *, top_k: int, m: int = 0, key: int = 7, **options: Any) -> HeadSummary:
-    """The head of real logits [T, V], padded to whole blocks by what must not matter."""
+def summarise(
+    logits: Floats, targets: Any, *, top_k: int, m: int = 0, key: int = 7, points: Any = None, **options: Any
+) -> HeadSummary:
+    """The head of real logits [T, V], padded to whole blocks by what must not matter; ``points``: in place of ours."""
     num, vocab_size = logits.shape
     padded = torch.zeros((num, padded_width(vocab_size)))
     padded[:, :vocab_size] = torch.from_numpy(logits)
     return summarise_logits(
         mask_padding(padded, vocab_size),
         torch.as_tensor(targets),
-        torch.from_numpy(uniforms(key, np.arange(num), m)),
+        torch.from_numpy(systematic_points(key, np.arange(num), m) if points is None else points),
         vocab_size=vocab_size,
         top_k=top_k,
         **options,
@@ -186,7 +188,7 @@ def test_logits_that_are_not_finite_show_and_spoil_no_other_row(top_k: int, bad:
 def test_padding_has_no_mass_and_would_have_without_the_mask() -> None:
     logits = torch.full((1, 128), -4.0)
     logits[:, 100:] = 0.0  # what a padded head gives: zero weights
-    u = torch.from_numpy(uniforms(1, np.arange(1), 200))
+    u = torch.from_numpy(systematic_points(1, np.arange(1), 200))
     masked = summarise_logits(mask_padding(logits.clone(), 100), torch.tensor([3]), u, vocab_size=100, top_k=10)
     phantom = summarise_logits(logits.clone(), torch.tensor([3]), u, vocab_size=100, top_k=10)
     assert masked.log_target.item() == pytest.approx(-np.log(100), abs=1e-6)
@@ -204,7 +206,7 @@ def test_a_fifth_of_blocks_padding_as_in_real_heads() -> None:
     logits = torch.zeros((4, 320))
     logits[:, :150] = torch.from_numpy(real)
     for top_k in (1, 4, 5, 149):
-        u = torch.from_numpy(uniforms(1, np.arange(4), 5))
+        u = torch.from_numpy(systematic_points(1, np.arange(4), 5))
         summary = summarise_logits(mask_padding(logits.clone(), 150), torch.arange(4), u, vocab_size=150, top_k=top_k)
         narrow = summarise(real, np.arange(4), top_k=top_k, m=5, key=1)
         for name in ("token_ids", "tail_samples"):
@@ -236,8 +238,23 @@ def chi_square(counts: NDArray[np.float64], expected: NDArray[np.float64]) -> fl
 
 @functools.cache
 def many_draws(vocab_size: int, top_k: int, kind: str) -> tuple[Floats, HeadSummary]:
+    """One distribution inverted at 200 times 100 independent points."""
     logits = random_logits(kind, 1, vocab_size, seed=3)
-    return logits, summarise(np.repeat(logits, 200, axis=0), np.zeros(200, np.int64), top_k=top_k, m=100)
+    points = np.random.default_rng(5).random((200, 100))
+    return logits, summarise(np.repeat(logits, 200, axis=0), np.zeros(200, np.int64), top_k=top_k, points=points)
+
+
+def exact_tail(logits: Floats, summary: HeadSummary) -> NDArray[np.float64]:
+    """[V] the normalised tail of the first row."""
+    return np.array(exact(logits[0], summary.token_ids[0].tolist(), 0)["tail"])
+
+
+def counts_of(summary: HeadSummary, vocab_size: int) -> NDArray[np.int64]:
+    """[T, V] how often each token was drawn at each position."""
+    num, m = summary.tail_samples.shape
+    counts = np.zeros((num, vocab_size), np.int64)
+    np.add.at(counts, (np.arange(num).repeat(m), summary.tail_samples.flatten().numpy()), 1)
+    return counts
 
 
 @pytest.mark.parametrize(("vocab_size", "top_k"), [(150, 1), (150, 10), (700, 3), (70, 68)])
@@ -265,11 +282,57 @@ def test_the_mean_of_weights_over_draws_is_unbiased() -> None:
     assert standard_error < 0.05 * f[tail > 0].sum()
 
 
+@pytest.mark.parametrize(("vocab_size", "top_k"), [(150, 1), (150, 10), (700, 3), (70, 68)])
+@pytest.mark.parametrize("kind", ["random", "zipf", "peaked", "constant"])
+def test_counts_are_never_off_by_one(vocab_size: int, top_k: int, kind: str) -> None:
+    """|count - m p| < 1 for every token at every position, whatever m; so a token with m p <= 1 comes once at most."""
+    logits = random_logits(kind, 1, vocab_size, seed=4)
+    for m in (1, 2, 7, 16, 100):
+        summary = summarise(np.repeat(logits, 50, axis=0), np.zeros(50, np.int64), top_k=top_k, m=m, key=m)
+        expected = m * exact_tail(logits, summary)
+        counts = counts_of(summary, vocab_size)
+        assert np.abs(counts - expected).max() < 1 + 1e-6  # the probabilities are summed in float32, 64 at a time
+        assert counts[:, expected < 1 - 1e-6].max(initial=0) <= 1
+
+
+def test_systematic_draws_are_unbiased_and_vary_less_than_independent_ones() -> None:
+    """Over many seeds: the mean count is m p for every token, its variance the least that a whole number can have."""
+    logits, m, seeds = random_logits("zipf", 1, 150, seed=5), 8, 4000
+    counts = [
+        counts_of(summarise(np.repeat(logits, 400, axis=0), np.zeros(400, np.int64), top_k=4, m=m, key=key), 150)
+        for key in range(seeds // 400)
+    ]
+    found = np.concatenate(counts).astype(np.float64)
+    tail = exact_tail(logits, summarise(logits, [0], top_k=4))
+    share = m * tail - np.floor(m * tail)  # a count is the integer below m p, or with this probability the next one
+    error = (found.mean(axis=0) - m * tail) / np.sqrt(np.maximum(share * (1 - share), 1e-12) / seeds)
+    assert np.abs(error[tail > 1e-4]).max() < 4.5
+    np.testing.assert_allclose(found[:, tail > 1e-3].var(axis=0), (share * (1 - share))[tail > 1e-3], rtol=0.4)
+    assert found.var(axis=0).sum() == pytest.approx((share * (1 - share)).sum(), rel=0.02)
+    assert found.var(axis=0).sum() < 0.85 * (m * tail * (1 - tail)).sum()
+    f = np.random.default_rng(0).normal(size=(150, 300))  # 300 sums over the tail
+    estimates = found @ f / m
+    assert (np.abs(estimates.mean(axis=0) - tail @ f) < 5 * estimates.std(axis=0) / np.sqrt(seeds)).all()
+    independent = (tail @ f**2 - (tail @ f) ** 2) / m
+    assert estimates.var(axis=0).mean() < 0.9 * independent.mean()
+
+
+def test_draws_of_two_positions_are_independent() -> None:
+    """Any two of their draws: their joint counts are the products of their own."""
+    logits = np.repeat(random_logits("constant", 1, 66), 8000, axis=0)
+    draws = summarise(logits, np.zeros(8000, np.int64), top_k=2, m=4, key=draw_key("corpus", 0)).tail_samples.numpy()
+    cells = (np.sort(draws, axis=1) - 2) // 4  # 16 tokens to a draw, so four cells of four
+    for distance in (1, 2, 64):
+        for i, j in ((0, 0), (0, 3), (3, 1)):
+            joint = np.bincount(4 * (cells[:-distance, i] % 4) + cells[distance:, j] % 4, minlength=16)
+            assert abs(chi_square(joint.astype(np.float64), np.full(16, joint.sum() / 16))) < 4.5
+
+
 def test_draws_do_not_depend_on_chunks_or_order() -> None:
     logits = random_logits("random", 37, 500)
     targets = np.arange(37)
     whole = summarise(logits, targets, top_k=6, m=5)
-    u = torch.from_numpy(uniforms(7, np.arange(37), 5))
+    u = torch.from_numpy(systematic_points(7, np.arange(37), 5))
     generator = np.random.default_rng(0)
     for size in (1, 4, 36):
         order = generator.permutation(37)
@@ -300,9 +363,9 @@ def test_the_first_and_the_last_number_draw_tokens_that_have_mass() -> None:
 
 
 def test_another_seed_draws_independently() -> None:
-    logits = np.repeat(random_logits("constant", 1, 130), 300, axis=0)
+    logits = np.repeat(random_logits("constant", 1, 130), 6000, axis=0)
     draws = [
-        summarise(logits, np.zeros(300, np.int64), top_k=2, m=20, key=draw_key("corpus", seed)).tail_samples.numpy()
+        summarise(logits, np.zeros(6000, np.int64), top_k=2, m=1, key=draw_key("corpus", seed)).tail_samples.numpy()
         for seed in (0, 1)
     ]
     same = float((draws[0] == draws[1]).mean())
