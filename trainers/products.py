@@ -1,0 +1,77 @@
+"""Matrix products with float32 sums and float32 results, whatever the inputs' type: what the head is made of.
+
+A product of 16-bit matrices that is also rounded to 16 bits puts an error of a few percent on the mass of the tail.
+On a GPU there is a product that is not rounded. On a CPU there is none, but float32 copies of bfloat16 values can be
+multiplied at bfloat16 speed; callers hand over tiles, so that the copies stay in the cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["add_product", "compute_dtype", "product", "wide_dtype"]
+
+
+def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The type that the factors of the head are rounded to: the autocast's, or the wider of the two."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and torch.float64 not in (hidden.dtype, weight.dtype):
+        return torch.get_autocast_dtype(device)
+    return torch.promote_types(hidden.dtype, weight.dtype)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of sums and results: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@contextlib.contextmanager
+def _bf16_factors() -> Iterator[None]:
+    """On a CPU, multiply float32 copies of bfloat16 values at bfloat16 speed; the sums stay float32."""
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """A times b: factors rounded to `dtype`, summed and returned in ``wide_dtype(dtype)``.
+
+    Args:
+      a: [M, N] of any float type.
+      b: [N, P].
+      dtype: of the factors.
+
+    Returns:
+      [M, P].
+    """
+    wide = wide_dtype(dtype)
+    if dtype == wide:
+        return torch.mm(a.to(wide), b.to(wide))
+    if a.device.type == "cuda":
+        result: Tensor = torch.mm(a.to(dtype), b.to(dtype), out_dtype=wide)
+        return result
+    if dtype == torch.bfloat16 and a.device.type == "cpu":
+        with _bf16_factors():  # rounds both factors to bfloat16 itself
+            return torch.mm(a.to(wide), b.to(wide))
+    return torch.mm(a.to(dtype).to(wide), b.to(dtype).to(wide))
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
+    """Add a times b to `total`, [M, P] of ``wide_dtype(dtype)``, in place."""
+    wide = wide_dtype(dtype)
+    if dtype == wide:
+        total.addmm_(a.to(wide), b.to(wide))
+    elif dtype == torch.bfloat16 and a.device.type == "cpu":
+        with _bf16_factors():
+            total.addmm_(a.to(wide), b.to(wide))
+    else:
+        total.add_(product(a, b, dtype))
