@@ -38,7 +38,7 @@ from tailcache.trainers.linear_head import BUFFER_BYTES, VOCABULARY_TILE, Linear
 from tailcache.trainers.products import add_product, compute_dtype, wide_dtype
 from tailcache.trainers.terms import HeadTerms, StudentTerms, TeacherTerms, terms_from_head, wanted_ids
 
-__all__ = ["LossOfLogits", "LossOfTerms", "Mode", "chunked_loss", "fused_loss"]
+__all__ = ["LossOfLogits", "LossOfTerms", "Mode", "chunked_loss", "fused_loss", "piece_height"]
 
 Mode = Literal["one-pass", "recompute"]
 LossOfTerms = Callable[[slice, TeacherTerms, StudentTerms], Tensor]
@@ -209,7 +209,7 @@ class _Reduced:
         return gradient_cV.scatter_add_(-1, self._gathered, grad_gathered_cG)
 
 
-def _piece_height(device: torch.device, row_bytes: int, most: int) -> int:
+def piece_height(device: torch.device, row_bytes: int, most: int) -> int:
     """Positions whose whole rows of logits exist at a time."""
     return max(1, min(most, BUFFER_BYTES.get(device.type, 512 << 20) // row_bytes))
 
@@ -250,7 +250,7 @@ class _OnePass(torch.autograd.Function):
         hidden_sum = torch.zeros_like(hidden_TD, dtype=wide) if hidden_needed else None
         bias_sum = torch.zeros(len(weight), dtype=wide, device=device) if bias_needed else None
         total, values = torch.zeros((), dtype=torch.float64, device=device), []
-        height = _piece_height(device, head.vocab_size * wide.itemsize * buffers, num)
+        height = piece_height(device, head.vocab_size * wide.itemsize * buffers, num)
         buffer = torch.empty((height, head.vocab_size), dtype=wide, device=device)
         with torch.autocast(device_type=device.type, enabled=False):
             for rows in tiles_of(num, height):
