@@ -1,41 +1,61 @@
 """What the teacher's distribution is taken to be beyond the stored K: one named function per choice.
 
-Ranks up to K are stored, so that part of any loss is exact. Beyond them the cache knows the mass alpha
-(exactly), the entropy of the normalised tail p~ (exactly), m draws from it, and the teacher's mean tail pi.
-A choice turns these into one number per position, the **tail log-ratio**
+Ranks up to K are stored, so that part of any loss is exact. Beyond them the cache knows the mass alpha and the
+entropy of the normalised tail p~ (both exactly), m draws from it, and the teacher's mean tail; with stored hidden
+states it knows p~ itself. A **tail function** turns these into one number per position, the tail log-ratio
 
     R = sum over the tail of p~ (log p - log q),
 
-so that the tail beyond K adds ``alpha * R`` to KL(p||q), whatever the loss does with it. All three equal
-the dense loss when K == V, because there is no tail then (R is 0 and has weight 0).
+so that the tail adds ``alpha R`` to KL(p||q), whatever a loss does with it. All equal the dense loss when K == V,
+because there is no tail then (R has weight 0).
 
-| name      | R                                          | good for                                        |
-|-----------|--------------------------------------------|-------------------------------------------------|
-| `bucket`  | log alpha - log alpha_S                    | one atom for the tail: a lower bound of the KL  |
-| `sampled` | log alpha - H(p~) - mean_j log q(s_j)      | unbiased value and gradient                     |
-| `prior`   | log alpha - H(p~) - sum pi^ log q          | deterministic; a bias that no data removes      |
+| name      | R                                      | what it is                                                  |
+|-----------|----------------------------------------|-------------------------------------------------------------|
+| `bucket`  | log alpha - log alpha_S                | one atom for the tail: a lower bound of the KL              |
+| `sampled` | log alpha - H(p~) - mean_j log q(s_j)  | unbiased value and gradient                                 |
+| `prior`   | log alpha - H(p~) - sum pi^ log q      | pi^ the teacher's mean tail off the top-K; a lasting bias   |
+| `uniform` | log alpha - H(p~) - mean log q         | pi^ even off the top-K; a lasting bias                      |
+| `exact`   | log alpha - H(p~) - sum p~ log q       | p~ from the stored hidden state: the dense loss             |
 
-The value of `sampled` and `prior` uses the stored entropy, never a reconstructed teacher: plugging one in
-as if it were the teacher inflates TAD's value several times.
+Two more choices change the *teacher* instead, to be what tools without a tail train on: `drop` forgets the tail,
+`renormalise` also divides the rest by its mass. What is left has no tail, so any tail function does; ``tail_choice``
+pairs them with `bucket`, which asks for nothing.
 
-Legend: T target positions, K kept by the teacher, m tail samples, V vocabulary. Nats.
+All but `bucket` report the stored entropy, never a reconstructed teacher: plugging one in as if it were the teacher
+inflates the value. Which choice is sound for which loss is in ``soundness``.
+
+Legend: T target positions, K kept by the teacher, m tail samples. p teacher, q student, p~ = p / alpha beyond the
+top-K, alpha_S the student's mass off the teacher's top-K. Nats.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tailcache.storage.errors import ConfigError
-from tailcache.trainers.terms import StudentTerms, TeacherTerms
+from tailcache.trainers.terms import StudentTerms, TeacherTerms, log_sum
 
-__all__ = ["TAILS", "TailFunction", "bucket", "check_tail", "prior", "sampled", "tail_function"]
+__all__ = [
+    "TAILS",
+    "TRUNCATIONS",
+    "TailFunction",
+    "Truncation",
+    "bucket",
+    "drop",
+    "exact",
+    "prior",
+    "renormalise",
+    "sampled",
+    "tail_choice",
+    "uniform",
+]
 
 TailFunction = Callable[[TeacherTerms, StudentTerms], Tensor]
+Truncation = Callable[[TeacherTerms], TeacherTerms]
 
 
 def bucket(teacher: TeacherTerms, student: StudentTerms) -> Tensor:
@@ -45,35 +65,27 @@ def bucket(teacher: TeacherTerms, student: StudentTerms) -> Tensor:
     split at K' < K, the tail is ranks K'+1 to K and this one atom; at K' = K its second term is 0.
 
     Args:
-      teacher: the cached targets.
-      student: terms with ``log_beyond``.
+      teacher: the cached targets; log space.
+      student: terms of the same positions; log space.
 
     Returns:
-      [T] nats.
-
-    Raises:
-      ConfigError: the student's terms were made without ``log_beyond``.
+      [T] nats; 0 where the teacher has no mass off its top-K.
 
     Source: the "ghost token" of offline distillation; KL1 of TAD (arXiv 2602.20816), eq. 2.
     """
-    if student.log_beyond is None:
-        raise ConfigError(
-            "tail 'bucket': expected the student's mass beyond the top-K, found none; "
-            "make the student's terms with want_beyond=True"
-        )
     exists_T = teacher.log_tail > -torch.inf
     return torch.where(exists_T, teacher.log_tail, 0.0) - torch.where(exists_T, student.log_beyond, 0.0)
 
 
 def sampled(teacher: TeacherTerms, student: StudentTerms) -> Tensor:
-    """The stored draws s_j ~ p~ stand for the tail: R = log alpha - H(p~) - (1/m) sum_j log q(s_j).
+    """The stored draws s_j stand for the tail: R = log alpha - H(p~) - (1/m) sum_j log q(s_j).
 
-    The KL is linear in p~, and E log q(s_j) = sum p~ log q, so value and gradient are unbiased; sum p~ log p
-    = log alpha - H(p~) is exact. Repeated draws count as often as they occur.
+    KL is linear in p~, and each id is drawn m p~ times on average, so value and gradient are unbiased; sum p~ log p =
+    log alpha - H(p~) is exact. Repeated draws count as often as they occur.
 
     Args:
-      teacher: targets with m >= 1 tail samples (or K == V, where none are needed).
-      student: terms with ``sample_logprobs``.
+      teacher: targets with m >= 1 tail samples (or K == V, where none are needed); log space.
+      student: terms of the same positions; log space.
 
     Returns:
       [T] nats.
@@ -81,97 +93,164 @@ def sampled(teacher: TeacherTerms, student: StudentTerms) -> Tensor:
     Raises:
       ConfigError: no samples are stored and the tail is not empty.
 
-    Source: docs/design.md, "Losses see terms, not logits"; unbiased because the KL is linear in p~.
+    Source: docs/losses.md, "The tail"; unbiased because the KL is linear in p~.
     """
     if not teacher.has_tail:
         return torch.zeros_like(teacher.log_tail)
     if teacher.num_samples == 0:
-        raise ConfigError(_NO_SAMPLES)
-    return _log_teacher_mean(teacher) - student.sample_logprobs.mean(-1)
+        raise ConfigError(
+            "tail 'sampled': expected at least one stored tail sample per position, found m = 0; "
+            "choose another tail ('bucket'), or capture the teacher again with tail samples"
+        )
+    return log_mean_tail(teacher) - student.sample_logprobs.mean(-1)
 
 
 def prior(teacher: TeacherTerms, student: StudentTerms) -> Tensor:
     """The teacher's mean tail stands for this tail: R = log alpha - H(p~) - sum pi^ log q.
 
-    pi^ is pi restricted to V minus the top-K and renormalised. Biased by the difference between pi^ and p~,
-    and the value can therefore be negative; deterministic.
+    pi^ is the mean tail restricted to V minus the top-K and renormalised. Biased by the difference between pi^ and
+    p~, so that the value can be negative; deterministic.
 
     Args:
-      teacher: the cached targets.
-      student: terms with ``prior_logprob``.
+      teacher: the cached targets; log space.
+      student: terms with the fill "prior" (or K == V); log space.
 
     Returns:
       [T] nats.
 
     Raises:
-      ConfigError: the student's terms were made without a prior and the tail is not empty.
+      ConfigError: the student's terms were made without that fill and the tail is not empty.
 
-    Source: docs/design.md, "Losses see terms, not logits".
+    Source: docs/losses.md, "The tail".
     """
+    return _filled("prior", teacher, student)
+
+
+def uniform(teacher: TeacherTerms, student: StudentTerms) -> Tensor:
+    """An even tail: R = log alpha - H(p~) - the mean of log q over V minus the top-K.
+
+    Args:
+      teacher: the cached targets; log space.
+      student: terms with the fill "uniform" (or K == V); log space.
+
+    Returns:
+      [T] nats. Biased, as `prior` is, and more so.
+
+    Raises:
+      ConfigError: the student's terms were made without that fill and the tail is not empty.
+
+    Source: docs/losses.md, "The tail".
+    """
+    return _filled("uniform", teacher, student)
+
+
+def exact(teacher: TeacherTerms, student: StudentTerms) -> Tensor:
+    """The teacher's own tail, from its stored hidden state: R = log alpha - H(p~) - sum p~ log q.
+
+    Exact up to the rounding of the stored hidden state (bf16 or int8).
+
+    Args:
+      teacher: the cached targets; log space.
+      student: terms with the fill "exact", the teacher's [T, V] probabilities (or K == V); log space.
+
+    Returns:
+      [T] nats.
+
+    Raises:
+      ConfigError: the student's terms were made without that fill and the tail is not empty.
+
+    Source: the definition of R.
+    """
+    return _filled("exact", teacher, student)
+
+
+def _filled(name: str, teacher: TeacherTerms, student: StudentTerms) -> Tensor:
     if not teacher.has_tail:
         return torch.zeros_like(teacher.log_tail)
-    if student.prior_logprob is None:
-        raise ConfigError(_NO_PRIOR)
-    return _log_teacher_mean(teacher) - student.prior_logprob
+    if name not in student.fill_logprobs:
+        raise ConfigError(
+            f"tail {name!r}: expected the student's mean log-prob under the fill {name!r}, found "
+            f"{', '.join(student.fill_logprobs) or 'no fill'}; make the student's terms with fills={{{name!r}: ...}}"
+        )
+    return log_mean_tail(teacher) - student.fill_logprobs[name]
 
 
-def _log_teacher_mean(teacher: TeacherTerms) -> Tensor:
+def log_mean_tail(teacher: TeacherTerms) -> Tensor:
     """Sum over the tail of p~ log p = log alpha - H(p~), exact; 0 where alpha is 0. [T] nats."""
     exists_T = teacher.log_tail > -torch.inf
     return torch.where(exists_T, teacher.log_tail, 0.0) - torch.where(exists_T, teacher.tail_entropy, 0.0)
 
 
-TAILS: dict[str, TailFunction] = {"sampled": sampled, "bucket": bucket, "prior": prior}
+def drop(teacher: TeacherTerms) -> TeacherTerms:
+    """Forget the tail: p_k for the top-K, 0 beyond, and no longer a distribution.
 
-_NO_SAMPLES = (
-    "tail 'sampled': expected at least one stored tail sample per position, found m = 0; "
-    "choose the tail 'bucket' or 'prior', or capture the teacher again with tail samples"
-)
-_NO_PRIOR = (
-    "tail 'prior': expected the teacher's mean tail distribution, found none; "
-    "choose the tail 'bucket' or 'sampled', or make the student's terms with prior_V="
-)
-
-
-def tail_function(name: str) -> TailFunction:
-    """The tail choice of that name.
-
-    Raises:
-      ConfigError: there is none; names those there are.
-    """
-    try:
-        return TAILS[name]
-    except KeyError:
-        raise ConfigError(f"tail: expected one of {', '.join(TAILS)}; found {name!r}") from None
-
-
-def check_tail(
-    name: str, *, top_k: int, vocab_size: int, num_samples: int, mean_tail_V: NDArray[np.floating] | None
-) -> None:
-    """Refuse, before any training, a tail that what is stored cannot give.
+    The gradient of KL becomes (sum_H p) q - p on the top-K: the student learns a head inflated by 1 / sum_H p and no
+    tail. Provided to reproduce it. ``log_z_tail`` stays: it is what normalises the top-K at another temperature.
 
     Args:
-      name: the tail choice.
-      top_k: K stored.
-      vocab_size: V.
-      num_samples: m stored.
-      mean_tail_V: [V] the teacher's mean tail pi, or None if none is stored.
+      teacher: the cached targets; log space.
+
+    Returns:
+      Targets whose tail is empty; p_y is 0 where y is off the top-K, and "not y" is the rest of the top-K.
+
+    Source: docs/losses.md, "The tail"; arXiv 2503.16870, section 3, on why it is biased.
+    """
+    return _truncated(teacher, torch.zeros_like(teacher.log_tail))
+
+
+def renormalise(teacher: TeacherTerms) -> TeacherTerms:
+    """Forget the tail and divide by the mass of the top-K: p_k / sum_H p, 0 beyond.
+
+    Biased as `drop` is; the student's tail is pushed to 0. Provided to reproduce it. Any divergence that is infinite
+    where p is 0 and q is not (reverse KL) is infinite.
+
+    Args:
+      teacher: the cached targets; log space.
+
+    Returns:
+      Targets whose tail is empty, at every temperature; p_y is 0 where y is off the top-K.
+
+    Source: docs/losses.md, "The tail".
+    """
+    renormalised = _truncated(teacher, log_sum(teacher.logprobs))
+    empty = None if teacher.log_z_tail is None else torch.full_like(teacher.log_z_tail, -torch.inf)
+    return replace(renormalised, log_z_tail=empty)
+
+
+def _truncated(teacher: TeacherTerms, log_mass_T: Tensor) -> TeacherTerms:
+    head_TK = teacher.logprobs - log_mass_T[:, None]
+    return replace(
+        teacher,
+        logprobs=head_TK,
+        log_tail=torch.full_like(teacher.log_tail, -torch.inf),
+        tail_entropy=torch.zeros_like(teacher.tail_entropy),
+        log_target=log_sum(head_TK.masked_fill(~teacher.is_target, -torch.inf)),
+        log_not_target=log_sum(head_TK.masked_fill(teacher.is_target, -torch.inf)),
+    )
+
+
+TAILS: dict[str, TailFunction] = {
+    "sampled": sampled,
+    "bucket": bucket,
+    "prior": prior,
+    "uniform": uniform,
+    "exact": exact,
+}
+TRUNCATIONS: dict[str, Truncation] = {"drop": drop, "renormalise": renormalise}
+
+
+def tail_choice(name: str) -> tuple[Truncation, TailFunction]:
+    """What a tail choice does to the teacher (mostly nothing), and its tail function.
 
     Raises:
-      ConfigError: says what is missing and what to choose instead.
+      ConfigError: there is none of that name; names those there are.
     """
-    tail_function(name)
-    if top_k >= vocab_size:
-        return
-    if name == "sampled" and num_samples == 0:
-        raise ConfigError(_NO_SAMPLES)
-    if name == "prior":
-        if mean_tail_V is None:
-            raise ConfigError(_NO_PRIOR)
-        # Any K of them may be in a position's head; one more must be left to carry the tail.
-        num_ids = int(np.count_nonzero(mean_tail_V))
-        if not num_ids > top_k or not np.isfinite(mean_tail_V).all() or (mean_tail_V < 0).any():
-            raise ConfigError(
-                f"tail 'prior': expected a mean tail distribution with mass on more than K = {top_k} ids, "
-                f"found mass on {num_ids} of {vocab_size}; choose the tail 'bucket' or 'sampled'"
-            )
+    if name in TRUNCATIONS:
+        return TRUNCATIONS[name], bucket
+    if name in TAILS:
+        return _as_stored, TAILS[name]
+    raise ConfigError(f"tail: expected one of {', '.join([*TAILS, *TRUNCATIONS])}; found {name!r}")
+
+
+def _as_stored(teacher: TeacherTerms) -> TeacherTerms:
+    return teacher

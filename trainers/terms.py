@@ -131,6 +131,7 @@ class StudentTerms:
       log_not_target: [T] log(1 - q(y)), a sum over the other ids.
       sample_logprobs: [T, m] log q of the teacher's tail samples.
       log_beyond: [T] log of the student's mass off the teacher's top-K ids, -inf (a constant) where K == V.
+      log_beyond_not_target: the same without y, which may be nearly all of it; -inf where no id is left.
       fill_logprobs: for each fill asked for, [T] the mean of log q under the fill restricted to V minus the top-K and
         renormalised; 0 where it has no mass there.
       fill_logprobs_not_target: the same over V minus the top-K and minus y.
@@ -142,6 +143,7 @@ class StudentTerms:
     log_not_target: Tensor
     sample_logprobs: Tensor
     log_beyond: Tensor
+    log_beyond_not_target: Tensor
     fill_logprobs: Mapping[str, Tensor] = field(default_factory=dict)
     fill_logprobs_not_target: Mapping[str, Tensor] = field(default_factory=dict)
     tempered: Mapping[float, Tempered] = field(default_factory=dict)
@@ -275,6 +277,7 @@ def terms_from_head(
         log_not_target=not_target_T - log_z_T,
         sample_logprobs=sample_Tm - log_z_T[:, None],
         log_beyond=beyond_T - log_z_T,
+        log_beyond_not_target=rest_T - log_z_T,
         fill_logprobs=fill_logprobs,
         fill_logprobs_not_target=fill_not_target,
         tempered=tempered,
