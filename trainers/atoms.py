@@ -2,13 +2,13 @@
 
 Such a loss is a function of ``(log_p_TA, log_q_TA)`` and does not care what an atom is:
 
-| atoms               | A     | tail choice                     | what the loss becomes                                  |
-| ------------------- | ----- | ------------------------------- | ------------------------------------------------------ |
-| ``bucket_atoms``    | K + 1 | `bucket`                        | a lower bound, for every f-divergence                  |
-|                     |       | `renormalise` (teacher changed) | exact for that teacher: p is 0 on the last atom |
-| ``head_atoms``      | K     | `drop`                          | a sum over the top-K alone; bounds nothing             |
-| ``filled_atoms``    | V     | `prior`, `uniform`              | the loss to a made-up teacher; biased                  |
-| log-softmax of both | V     | `exact`                         | the dense loss                                         |
+| atoms               | A     | tail choice                     | what the loss becomes                            |
+| ------------------- | ----- | ------------------------------- | ------------------------------------------------ |
+| ``bucket_atoms``    | K + 1 | `bucket`                        | a lower bound, for every f-divergence            |
+|                     |       | `renormalise` (teacher changed) | exact for that teacher: p is 0 on the last atom  |
+| ``head_atoms``      | K     | `drop`                          | a sum over the top-K alone; bounds nothing       |
+| ``filled_atoms``    | V     | `prior`, `uniform`              | the loss to a made-up teacher; biased            |
+| log-softmax of both | V     | `exact`                         | the dense loss                                   |
 
 An atom may have p = 0, or p = q = 0 (the last one where K == V): -inf, which the losses guard.
 

@@ -60,16 +60,7 @@ def log_teacher_tail(teacher: TeacherTerms, top_k: int) -> Tensor:
 
 
 def log_student_tail(student: StudentTerms, top_k: int) -> Tensor:
-    """Log alpha_S, the student's mass off the teacher's top K': [T] nats, -inf where K' = V. Differentiable.
-
-    Raises:
-      ConfigError: the student's terms were made without ``log_beyond``.
-    """
-    if student.log_beyond is None:
-        raise ConfigError(
-            "tad: expected the student's mass beyond the top-K, found none; "
-            "make the student's terms with want_beyond=True"
-        )
+    """Log alpha_S, the student's mass off the teacher's top K': [T] nats, -inf where K' = V. Differentiable."""
     if top_k == student.logprobs.shape[-1]:
         return student.log_beyond
     return torch.logsumexp(torch.cat([student.logprobs[:, top_k:], student.log_beyond[:, None]], dim=-1), dim=-1)
@@ -127,7 +118,7 @@ def weighted_tad(
 
     Args:
       teacher: the cached targets; log space.
-      student: terms with ``log_beyond``; log space.
+      student: terms of the same positions; log space.
       tail: one of ``tails.TAILS``, for what lies beyond the stored K.
       top_k: the split K', 1 <= K' <= K.
       log_beta_T: [T] log beta(X) of each position.
@@ -169,7 +160,7 @@ def tad(
 
     Args:
       teacher: the cached targets of whole segments (all their positions, or beta(X) would be another one's).
-      student: terms with ``log_beyond``.
+      student: terms of the same positions; log space.
       tail: one of ``tails.TAILS``.
       top_k: the split K'; the paper's best is 10 (5 to 10).
       beta: the paper's best is 2.
