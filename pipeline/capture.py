@@ -41,6 +41,7 @@ __all__ = ["CaptureReport", "capture", "capture_rows"]
 _WAITING_SHARDS = 2
 _CPU_HEAD_POSITIONS, _CPU_CACHE_BYTES = 256, 12 << 20
 _GPU_LOGIT_BYTES = 1 << 30
+_OPTIONAL = {"temperatures": ()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +67,13 @@ class _Records:
     tail_sum: NDArray[np.float64]
 
     @staticmethod
-    def empty(num: int, top_k: int, num_samples: int, vocab_size: int) -> _Records:
+    def empty(num: int, top_k: int, num_samples: int, num_temperatures: int, vocab_size: int) -> _Records:
         floats = {name: np.full(num, np.nan, np.float32) for name in SCALARS}  # NaN: not filled, and found out
         targets = Targets(
             token_ids=np.zeros((num, top_k), np.int32),
             logprobs=np.full((num, top_k), np.nan, np.float32),
             tail_samples=np.zeros((num, num_samples), np.int32),
+            log_z_tail=np.full((num, num_temperatures), np.nan, np.float32),
             **floats,
         )
         return _Records(targets, np.zeros(vocab_size))
@@ -101,6 +103,7 @@ def capture_rows(
     key: int,
     top_k: int,
     num_samples: int,
+    temperatures: tuple[float, ...] = (),
     batch_positions: int,
     head_positions: int | None = None,
     progress: Callable[[int], object] | None = None,
@@ -114,6 +117,7 @@ def capture_rows(
       key: from ``draw_key``.
       top_k: tokens kept.
       num_samples: draws from the tail.
+      temperatures: further ones at which the tail is summed.
       batch_positions: positions of a batch at most.
       head_positions: positions whose logits exist at a time.
       progress: called with the number of positions done, batch by batch.
@@ -125,7 +129,7 @@ def capture_rows(
       TeacherError: logits that are not finite (names the row and the token).
     """
     num = int(rows.supervised.sum())
-    records = _Records.empty(num, top_k, num_samples, teacher.vocab_size)
+    records = _Records.empty(num, top_k, num_samples, len(temperatures), teacher.vocab_size)
     matmul, summary = _head_chunks(teacher, head_positions)
     device = teacher.device
     tail_sum_V: torch.Tensor | None = None
@@ -152,6 +156,7 @@ def capture_rows(
                         points_Tm[chunk],
                         vocab_size=teacher.vocab_size,
                         top_k=top_k,
+                        temperatures=temperatures,
                         tail_sum_V=tail_sum_V,
                         scratch_TV=scratch[: len(piece_TV)],
                     ),
@@ -167,6 +172,7 @@ def capture_rows(
 def _check_finite(targets: Targets, rows: Rows) -> None:
     good = np.isfinite(targets.logprobs).all(axis=1) & np.isfinite(targets.log_target)
     good &= ~(np.isnan(targets.log_tail) | np.isnan(targets.tail_entropy) | np.isnan(targets.log_not_target))
+    good &= ~np.isnan(targets.log_z_tail).any(axis=1)
     if good.all():
         return
     position = int(np.flatnonzero(rows.supervised)[np.flatnonzero(~good)[0]])
@@ -306,6 +312,7 @@ def capture(config: CaptureConfig, *, teacher: Teacher | None = None, show_progr
         corpus,
         top_k=config.top_k,
         num_samples=config.num_samples,
+        temperatures=config.temperatures,
         shard_positions=config.shard_positions,
         chunk=config.chunk_positions,
         compression_level=config.compression_level,
@@ -353,9 +360,15 @@ def capture(config: CaptureConfig, *, teacher: Teacher | None = None, show_progr
 
 
 def _resolved(config: CaptureConfig) -> dict[str, Any]:
-    """The settings as JSON values; places on this machine are left out, so that the bytes do not depend on them."""
-    values = {name: value for name, value in vars(config).items() if name not in ("cache", "teacher", "threads")}
-    return {name: str(value) if not isinstance(value, int | float | None) else value for name, value in values.items()}
+    """The settings as JSON values; places on this machine are left out, so that the bytes do not depend on them.
+
+    Optional fields are named only where they are captured: without them, a cache has the bytes it had before they were
+    known.
+    """
+    places = ("cache", "teacher", "threads")
+    off = {name for name, default in _OPTIONAL.items() if getattr(config, name) == default}
+    values = {name: value for name, value in vars(config).items() if name not in places and name not in off}
+    return {name: value if isinstance(value, int | float | None) else str(value) for name, value in values.items()}
 
 
 def _run(
@@ -399,6 +412,7 @@ def _run(
                     key=key,
                     top_k=layout.top_k,
                     num_samples=layout.num_samples,
+                    temperatures=layout.temperatures,
                     batch_positions=config.batch_positions,
                     head_positions=config.head_positions,
                     progress=advanced,

@@ -159,6 +159,10 @@ class CaptureConfig:
     """Draws from the rest of the vocabulary kept at each position, systematic ones; they make the tail's gradient
     unbiased. 0 where K is the whole vocabulary."""
 
+    temperatures: tuple[float, ...] = ()
+    """Further temperatures at which the mass beyond the top K is kept (`log_z_tail`, 4 bytes each before compression),
+    such as 2 4: a student can then be trained at these temperatures exactly. Temperature 1 is always kept."""
+
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the model; auto is the checkpoint's own, and bfloat16 for GGUF. Logits are always float32."""
 

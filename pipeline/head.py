@@ -8,7 +8,7 @@ something: the tail has its own maximum and its own sum, so its mass is right to
 Why not ``log_softmax`` + ``topk`` + ``multinomial``: they take half as long again on a CPU, give less, and float32
 ``log_softmax`` over 49,152 logits has twenty times the error of normalisation (``scripts/bench_codec.py``).
 
-Legend: T positions, V vocabulary padded to a multiple of 64, B blocks of 64, K kept tokens, m draws.
+Legend: T positions, V vocabulary padded to a multiple of 64, B blocks of 64, K kept tokens, m draws, n temperatures.
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ class HeadSummary:
     """[T] float32."""
     tail_samples: Tensor
     """[T, m] int64."""
+    log_z_tail: Tensor
+    """[T, n] float32: log of the sum of p^(1/tau) over all tokens but the top K, p being normalised over the whole
+    vocabulary; -inf where K is the whole vocabulary."""
 
 
 def padded_width(vocab_size: int) -> int:
@@ -63,6 +66,7 @@ def summarise_logits(
     *,
     vocab_size: int,
     top_k: int,
+    temperatures: tuple[float, ...] = (),
     tail_sum_V: Tensor | None = None,
     scratch_TV: Tensor | None = None,
 ) -> HeadSummary:
@@ -74,6 +78,7 @@ def summarise_logits(
       points_Tm: [T, m] float64 in [0, 1], where the tail's distribution function is inverted, one per draw.
       vocab_size: real tokens; 1 <= top_k <= vocab_size <= V.
       top_k: tokens kept.
+      temperatures: n further temperatures tau at which the tail is summed.
       tail_sum_V: [V] float64, to which the sum of the T normalised tails is added; none to skip it.
       scratch_TV: [T, V] float32 to work in; none allocates it.
 
@@ -82,7 +87,8 @@ def summarise_logits(
       it cannot be told from padding, has a NaN in ``tail_entropy``, ``log_tail`` or ``logprobs``; the caller checks,
       so that a GPU need not wait.
 
-    Cost: about six passes over [T, V]; keep T * V * 8 bytes within the processor's cache.
+    Cost: about six passes over [T, V], and three for each temperature; keep T * V * 8 bytes within the processor's
+    cache.
     """
     num, width = logits_TV.shape
     blocks = width // BLOCK
@@ -114,6 +120,7 @@ def summarise_logits(
         log_total_T = log_head_T
         log_tail_T = torch.full_like(log_head_T, -torch.inf)
         tail_entropy_T = torch.zeros_like(log_head_T)
+        log_z_tail_Tn = log_tail_T[:, None].expand(-1, len(temperatures))
         lost_T = head_TK[:, -1] <= MASKED
         samples_Tm = targets_T.new_empty((num, 0))
     else:
@@ -123,14 +130,15 @@ def summarise_logits(
         cumulative_TB = exp_TBb.sum(-1).double().cumsum(-1)
         lost_T = tail_max_T <= MASKED
         tail_T = cumulative_TB[:, -1]
-        weighted_T = logits_TV.mul_(exp_TV).view(num, blocks, BLOCK).sum(-1).sum(-1, dtype=torch.float64)
-        tail_entropy_T = tail_T.log() - weighted_T / tail_T
         unnormalised_T = tail_T.log() + tail_max_T.double()
         log_total_T = torch.logaddexp(log_head_T, unnormalised_T)
         log_tail_T = unnormalised_T - log_total_T
         samples_Tm = _draw(exp_TBb, cumulative_TB, points_Tm)
         if tail_sum_V is not None:
             tail_sum_V.add_((tail_T.reciprocal().float()[None, :] @ exp_TV)[0])
+        weighted_T = _block_sum(exp_TV.mul_(logits_TV))
+        tail_entropy_T = tail_T.log() - weighted_T / tail_T
+        log_z_tail_Tn = _tempered(logits_TV, temperatures, (tail_max_T.double() - log_total_T)[:, None], exp_TV)
 
     logprobs_TK = head_TK - log_total_T[:, None]
     log_target_T = target_logits_T - log_total_T
@@ -148,7 +156,25 @@ def summarise_logits(
         log_target=log_target_T.float(),
         log_not_target=log_not_target_T.float(),
         tail_samples=samples_Tm,
+        log_z_tail=log_z_tail_Tn.float().masked_fill(lost_T[:, None], torch.nan),
     )
+
+
+def _block_sum(values_TV: Tensor) -> Tensor:
+    """[T] float64 sums, the first 64 terms at a time in float32."""
+    return values_TV.view(len(values_TV), -1, BLOCK).sum(-1).sum(-1, dtype=torch.float64)
+
+
+def _tempered(shifted_TV: Tensor, temperatures: tuple[float, ...], log_max_T1: Tensor, scratch_TV: Tensor) -> Tensor:
+    """[T, n] float64, log of the tail's sum of p^(1/tau), from logits less the tail's largest.
+
+    That largest one's own log-probability, divided by tau, is put back afterwards: so at every temperature the largest
+    term is 1, and a tail of 1e-30 is summed as well as one of a half.
+    """
+    log_z_tail_Tn = log_max_T1.new_empty((len(shifted_TV), len(temperatures)))
+    for i, tau in enumerate(temperatures):
+        log_z_tail_Tn[:, i] = _block_sum(torch.div(shifted_TV, tau, out=scratch_TV).exp_()).log()
+    return log_z_tail_Tn + log_max_T1 / log_max_T1.new_tensor(temperatures)
 
 
 def _draw(exp_TBb: Tensor, cumulative_TB: Tensor, points_Tm: Tensor) -> Tensor:

@@ -102,6 +102,7 @@ def _teacher_info(inventory: TeacherInventory) -> dict[str, Any]:
         "positions": layout.num_positions,
         "top_k": layout.top_k,
         "num_samples": layout.num_samples,
+        "temperatures": list(layout.temperatures),
         "vocab_size": layout.vocab_size,
         "rows_per_shard": layout.rows_per_shard,
         "chunk_positions": layout.chunk,
@@ -146,8 +147,9 @@ def _teacher_lines(teacher: dict[str, Any]) -> list[str]:
         f"teacher {teacher['name']}: {state}",
         f"  shards            {teacher['shards_committed']:>14,}   of {teacher['shards']:,} committed",
         f"  positions         {teacher['positions_committed']:>14,}   of {teacher['positions']:,}",
-        f"  kept              K = {teacher['top_k']}, {teacher['num_samples']} tail samples, vocabulary "
-        f"{teacher['vocab_size']:,}",
+        f"  kept              K = {teacher['top_k']}, {teacher['num_samples']} tail samples"
+        + "".join(f", temperature {tau:g}" for tau in teacher["temperatures"])
+        + f", vocabulary {teacher['vocab_size']:,}",
         f"  settings          {_short(teacher['settings'])}",
         f"  provenance        {_short(teacher['provenance'])}",
         f"  {'field':<22}{'bytes':>16}{'bytes/position':>16}",

@@ -14,15 +14,16 @@ Three ideas, each measured in docs/design.md:
   numbers compress. Tokens on the same level are sorted by rank and stored as differences, which costs nothing:
   their order is below the resolution. The most likely token is never reordered.
 
-Tail samples are a set, so they are sorted by rank and stored as differences too. The four scalars are float32
-with the last ten bits of the mantissa rounded away (relative error at most 2^-14).
+Tail samples are a set, so they are sorted by rank and stored as differences too. The four scalars, and the sums at
+other temperatures where there are any, are float32 with the last ten bits of the mantissa rounded away (relative
+error at most 2^-14).
 
-Legend: T positions, K kept tokens, m samples, V vocabulary.
+Legend: T positions, K kept tokens, m samples, V vocabulary, n further temperatures.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from tailcache.storage.errors import CorruptError, TeacherError
 
 __all__ = [
     "KL_BUDGET",
+    "OPTIONAL",
     "SCALARS",
     "Codec",
     "Targets",
@@ -47,11 +49,16 @@ MAX_STEP = 1 / 4
 _KEPT_MANTISSA = 13
 _DECODE_POSITIONS = 1024  # so that a block's arrays stay in the processor's cache
 SCALARS = ("log_tail", "tail_entropy", "log_target", "log_not_target")
+OPTIONAL = {"log_z_tail": "--temperatures"}
+"""Fields that are captured and read only if asked for, and the setting of capture that asks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """What a cache says about T target positions, decoded. All logs are natural, at temperature 1."""
+    """What a cache says about T target positions, decoded. All logs are natural, at temperature 1.
+
+    The optional fields have no columns where they were not captured, or not asked for.
+    """
 
     token_ids: NDArray[np.int32]
     """[T, K] the K most likely tokens, most likely first (equals, to the resolution, in any order)."""
@@ -67,6 +74,13 @@ class Targets:
     """[T] nats, log of one minus that probability."""
     tail_samples: NDArray[np.int32]
     """[T, m] draws from the other tokens; a token's expected count is m times its share of their mass. In no order."""
+    log_z_tail: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    """Optional: [T, n] log of the sum of p^(1/tau) over the other tokens, at the n temperatures tau of the layout; -inf
+    where there are none. p is normalised over the whole vocabulary, at temperature 1."""
+
+    def __post_init__(self) -> None:
+        if len(self.log_z_tail) != len(self) and self.log_z_tail.size == 0:
+            object.__setattr__(self, "log_z_tail", np.empty((len(self), 0), np.float32))
 
     def __len__(self) -> int:
         return len(self.log_tail)
@@ -158,7 +172,7 @@ class Codec:
 
         Raises:
           TeacherError: a log-probability is not finite or above 0, the tokens are not most likely first, the tail
-            has all of the mass, or a scalar is NaN.
+            has all of the mass, or a scalar is NaN, or a sum at another temperature.
         """
         logprobs = targets.logprobs
         head_scale = targets.log_tail
@@ -166,12 +180,13 @@ class Codec:
         bad |= ~(head_scale < 0) | (logprobs[:, 0] > 1e-3)  # a log tail of 0 would leave nothing for the head
         for name in SCALARS[1:]:
             bad |= np.isnan(getattr(targets, name))
+        bad |= np.isnan(targets.log_z_tail).any(axis=1)
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
             raise TeacherError(
                 f"target {row} of those to be stored: expected finite log-probabilities, at most 0, most likely "
                 f"first, a log tail below 0 and no NaN; found {logprobs[row][:8]} … with "
-                + ", ".join(f"{name} {getattr(targets, name)[row]}" for name in SCALARS)
+                + ", ".join(f"{name} {getattr(targets, name)[row]}" for name in (*SCALARS, "log_z_tail"))
             )
         levels = np.searchsorted(self._midpoints, np.maximum(-logprobs, 0)).astype(np.int64)
         gaps = np.diff(levels, axis=1, prepend=0)
@@ -189,10 +204,12 @@ class Codec:
         }
         if samples.shape[1]:
             encoded["tail_sample_codes"] = np.diff(samples, axis=1, prepend=0).astype(self.id_type)
+        if targets.log_z_tail.shape[1]:
+            encoded["log_z_tail"] = round_mantissa(targets.log_z_tail)
         return encoded
 
     def decode(self, stored: dict[str, NDArray[np.generic]], where: str = "targets") -> Targets:
-        """The inverse of ``encode``, to its resolution.
+        """The inverse of ``encode``, to its resolution; optional fields that are not given come back empty.
 
         Raises:
           CorruptError: a code lies outside its table (the checksums matched, so it was written so).
@@ -213,7 +230,8 @@ class Codec:
                 ranks_Tm = np.cumsum(np.ascontiguousarray(samples[part]), axis=1, dtype=np.intp)
                 self._check(ranks_Tm[:, -1], len(self._token_of_rank), f"{where}, tail_sample_codes")
                 np.take(self._token_of_rank, ranks_Tm, out=tail_samples[part], mode="clip")
-        return Targets(token_ids=token_ids, logprobs=logprobs, tail_samples=tail_samples, **scalars)
+        optional: dict[str, Any] = {name: stored[name] for name in OPTIONAL if name in stored}
+        return Targets(token_ids=token_ids, logprobs=logprobs, tail_samples=tail_samples, **scalars, **optional)
 
     def _decode_logprobs(
         self, gaps_TK: NDArray[Any], head_mass_T: NDArray[np.float64], out_TK: NDArray[np.float32], where: str

@@ -8,6 +8,7 @@
       logprob_gaps            [S, K] uint16/32
       log_tail, tail_entropy, log_target, log_not_target   [S] float32
       tail_sample_codes       [S, m] uint16/32  absent where m = 0
+      log_z_tail              [S, n] float32    optional
       mean_tail               [V] float32       constant, written when the last shard is in
       manifest.json           sealed: settings, provenance, checksums of metadata and constants
       commits/SHARD.json      sealed: a shard exists if and only if its commit record does
@@ -17,12 +18,13 @@ A shard is ``rows_per_shard`` consecutive rows and owns ``shard_slots`` slots of
 shard's targets need. The slots it does not need are not stored. So the slot of a target follows from its row
 by arithmetic, and no index has to be read, listed or kept.
 
-Legend: S slots, K kept tokens, m samples, V vocabulary, L levels.
+Legend: S slots, K kept tokens, m samples, V vocabulary, L levels, n further temperatures.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -30,11 +32,12 @@ from tailcache.storage.arrays import ArraySpec
 from tailcache.storage.codec import SCALARS, Codec
 from tailcache.storage.errors import ConfigError, FormatError
 
-__all__ = ["TARGETS_FORMAT", "TARGETS_VERSION", "Layout", "check_name", "commit_path"]
+__all__ = ["TARGETS_FORMAT", "TARGETS_VERSION", "Layout", "check_name", "check_temperatures", "commit_path"]
 
 TARGETS_FORMAT = "tailcache targets"
 TARGETS_VERSION = 1
 _CONSTANT_SHARD = 1 << 22
+_TEMPERATURES = (1e-3, 1e3)  # far beyond these, logits over tau overflow float32, or masked ones count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,8 @@ class Layout:
     chunk: int
     """Slots of an inner chunk."""
     compression_level: int
+    temperatures: tuple[float, ...] = ()
+    """Further temperatures of ``log_z_tail``, a column each; without any there is no such array."""
 
     @property
     def num_shards(self) -> int:
@@ -66,7 +71,10 @@ class Layout:
 
     def attributes(self) -> dict[str, Any]:
         """What the group's ``zarr.json`` says under the key ``tailcache``."""
-        return {"format": TARGETS_FORMAT, "format_version": TARGETS_VERSION, **asdict(self)}
+        values = asdict(self)
+        temperatures = list(values.pop("temperatures"))
+        optional = {"temperatures": temperatures} if temperatures else {}
+        return {"format": TARGETS_FORMAT, "format_version": TARGETS_VERSION, **values, **optional}
 
     @staticmethod
     def from_attributes(attributes: dict[str, Any], where: str) -> Layout:
@@ -82,13 +90,17 @@ class Layout:
                 f"{where}: expected format version {TARGETS_VERSION}, found {attributes.get('format_version')!r}; "
                 "install the version of tailcache that wrote it"
             )
-        names = [f.name for f in fields(Layout)]
+        names = [f.name for f in fields(Layout) if f.name != "temperatures"]
         smallest = {"num_samples": 0}
         for name in names:
             value = attributes.get(name)
             if type(value) is not int or not smallest.get(name, 1) <= value < 1 << 53:
                 raise FormatError(f"{where}: expected a whole number for {name!r}, found {value!r}")
-        layout = Layout(**{name: attributes[name] for name in names})
+        temperatures = attributes.get("temperatures", [])
+        problem = check_temperatures(temperatures if isinstance(temperatures, list) else [temperatures])
+        if problem:
+            raise FormatError(f"{where}: 'temperatures': {problem}")
+        layout = Layout(**{name: attributes[name] for name in names}, temperatures=tuple(map(float, temperatures)))
         if layout.top_k > layout.vocab_size or layout.shard_slots % layout.chunk:
             raise FormatError(f"{where}: sizes that contradict each other: {layout}")
         return layout
@@ -134,6 +146,9 @@ class Layout:
                     self.num_samples, transposed=True,
                 )
             )  # fmt: skip
+        if self.temperatures:
+            meaning = "nats, log of the sum of p^(1/tau) outside the top-K, for each of the temperatures tau"
+            specs.append(spec("log_z_tail", "float32", meaning, len(self.temperatures), transposed=True))
         return {s.name: s for s in specs}
 
     def constants(self) -> dict[str, ArraySpec]:
@@ -151,6 +166,17 @@ class Layout:
     def constant_length(self, name: str) -> int:
         """Number of elements of a constant."""
         return self.num_levels if name == "logprob_levels" else self.vocab_size
+
+
+def check_temperatures(temperatures: Sequence[Any]) -> str:
+    """What is wrong with some temperatures; empty if nothing is."""
+    low, high = _TEMPERATURES
+    for tau in temperatures:
+        if type(tau) not in (int, float) or not low <= tau <= high or tau == 1:
+            return f"expected numbers from {low:g} to {high:g} and not 1, which is always stored; found {tau!r}"
+    if len(set(temperatures)) < len(temperatures):
+        return f"expected each temperature once, found {' '.join(f'{tau:g}' for tau in temperatures)}"
+    return ""
 
 
 def commit_path(shard: int) -> str:

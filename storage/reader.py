@@ -9,7 +9,7 @@ field; it is never read as zeros.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tailcache.storage.arrays import open_array, read_slice
-from tailcache.storage.codec import Targets
+from tailcache.storage.codec import OPTIONAL, Targets
 from tailcache.storage.corpus import Corpus, Rows
 from tailcache.storage.durable import read_checked, sha256
-from tailcache.storage.errors import CorruptError, IncompleteError, MismatchError, NotFoundError
+from tailcache.storage.errors import ConfigError, CorruptError, IncompleteError, MismatchError, NotFoundError
 from tailcache.storage.layout import Layout, check_name, commit_path
 from tailcache.storage.objects import read_object
 from tailcache.storage.order import shuffled_windows
@@ -76,7 +76,13 @@ class Cache:
 
 
 class Teacher:
-    """The finished targets of one teacher."""
+    """The finished targets of one teacher.
+
+    Attributes:
+      top_k, num_samples, vocab_size, num_targets: its sizes: K, m, V and T.
+      temperatures: of the columns of ``log_z_tail``; empty where that was not captured.
+      optional: the optional fields that were captured; reading takes those that it is asked for.
+    """
 
     def __init__(self, corpus: Corpus, name: str) -> None:
         self.name = check_name(name)
@@ -112,8 +118,10 @@ class Teacher:
             raise CorruptError(f"{complete_path}: belongs to another manifest; restore both from one copy")
         self.top_k, self.num_samples = self.layout.top_k, self.layout.num_samples
         self.vocab_size, self.num_targets = self.layout.vocab_size, self.layout.num_positions
+        self.temperatures = self.layout.temperatures
         self._fields = self.layout.fields()
-        self._checked: set[int] = set()
+        self.optional = tuple(name for name in OPTIONAL if name in self._fields)
+        self._checked: set[tuple[int, str]] = set()
 
     # -- lazily read constants ---------------------------------------------------------------------------------
 
@@ -155,11 +163,26 @@ class Teacher:
             raise CorruptError(f"{path}: belongs to another shard or capture; restore the right one from a copy")
         return record
 
-    def _touch(self, shard: int) -> None:
-        if shard in self._checked:
+    def _wanted(self, optional: Collection[str]) -> list[str]:
+        """The fields to be read: all that every cache has, and the optional ones that are asked for."""
+        for name in optional:
+            if name not in OPTIONAL:
+                raise ConfigError(
+                    f"teacher {self.name!r}: expected optional fields among {', '.join(OPTIONAL)}, found {name!r}"
+                )
+            if name not in self._fields:
+                raise ConfigError(
+                    f"teacher {self.name!r}: expected the optional field {name}, found that it was not stored; capture "
+                    f"this teacher again with {OPTIONAL[name]}"
+                )
+        return [name for name in self._fields if name not in OPTIONAL or name in optional]
+
+    def _touch(self, shard: int, names: list[str]) -> None:
+        if all((shard, name) in self._checked for name in names):
             return
         files = self.commit(shard)["files"]
-        for name, spec in self._fields.items():
+        for name in names:
+            spec = self._fields[name]
             file = spec.object_path(shard)
             entry = files.get(file, {})
             expected = entry.get("bytes")
@@ -175,32 +198,39 @@ class Teacher:
                     f"teacher {self.name!r}, shard {shard}, field {name}: {path} is not the object that was committed; "
                     "restore it from a copy or capture again"
                 )
-        self._checked.add(shard)
+        self._checked.update((shard, name) for name in names)
 
-    def _slots(self, shard: int, first: int, last: int) -> Targets:
-        """Decode slots ``first`` to ``last`` (within the shard)."""
-        self._touch(shard)
+    def _slots(self, shard: int, first: int, last: int, names: list[str]) -> Targets:
+        """Decode slots ``first`` to ``last`` (within the shard) of some fields."""
+        self._touch(shard, names)
         codec = self._codec
         stored = {
             name: read_object(
-                self.path / spec.object_path(shard),
-                spec,
+                self.path / self._fields[name].object_path(shard),
+                self._fields[name],
                 first,
                 last,
                 f"teacher {self.name!r}, shard {shard}, field {name}",
             )
-            for name, spec in self._fields.items()
+            for name in names
         }
         targets: Targets = codec.decode(stored, f"teacher {self.name!r}, shard {shard}")
         return targets
 
-    def rows(self, first: int, last: int) -> Targets:
+    def rows(self, first: int, last: int, *, optional: Collection[str] = ()) -> Targets:
         """The targets of all target positions of rows ``first`` to ``last`` (half-open), in order.
 
+        Args:
+          first: first row.
+          last: one past the last row.
+          optional: which optional fields to read (``OPTIONAL`` of ``storage.codec``); the others come back empty.
+
         Raises:
+          ConfigError: an optional field is asked for that was not captured.
           NotFoundError: outside the corpus.
           CorruptError: stored bytes are missing or damaged (names the shard and the field).
         """
+        names = self._wanted(optional)
         offsets = self.corpus.target_offsets(first, last)
         per_shard = self.layout.rows_per_shard
         parts = []
@@ -208,26 +238,29 @@ class Teacher:
             shard_first, shard_last = self.layout.shard_rows(shard)
             a, b = max(first, shard_first), min(last, shard_last)
             start = int(self.corpus.read("target_offsets", shard_first, shard_first + 1)[0])
-            parts.append(self._slots(shard, int(offsets[a - first]) - start, int(offsets[b - first]) - start))
-        return Targets.concatenate(parts) if parts else self._slots(0, 0, 0)
+            parts.append(self._slots(shard, int(offsets[a - first]) - start, int(offsets[b - first]) - start, names))
+        return Targets.concatenate(parts) if parts else self._slots(0, 0, 0, names)
 
-    def row(self, row: int) -> Targets:
-        """The targets of one row."""
-        return self.rows(row, row + 1)
+    def row(self, row: int, *, optional: Collection[str] = ()) -> Targets:
+        """The targets of one row, with some optional fields."""
+        return self.rows(row, row + 1, optional=optional)
 
-    def positions(self, indices: NDArray[np.integer]) -> Targets:
+    def positions(self, indices: NDArray[np.integer], *, optional: Collection[str] = ()) -> Targets:
         """The targets of any target positions, in the order asked for.
 
         Args:
           indices: [n] target positions, counted over the whole corpus from 0; repeats are fine.
+          optional: as for ``rows``.
 
         Raises:
+          ConfigError: an optional field is asked for that was not captured.
           NotFoundError: an index is out of range.
           CorruptError: as for ``rows``.
         """
+        names = self._wanted(optional)
         wanted = np.asarray(indices, dtype=np.int64)
         if wanted.size == 0:
-            return self._slots(0, 0, 0)
+            return self._slots(0, 0, 0, names)
         if wanted.min() < 0 or wanted.max() >= self.num_targets:
             raise NotFoundError(
                 f"teacher {self.name!r}: expected target positions within [0, {self.num_targets}), found "
@@ -241,13 +274,19 @@ class Teacher:
         parts = []
         for run in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
             shard, first = int(shards[run[0]]), int(slots[run].min())
-            parts.append(self._slots(shard, first, int(slots[run].max()) + 1)[slots[run] - first])
+            parts.append(self._slots(shard, first, int(slots[run].max()) + 1, names)[slots[run] - first])
         inverse = np.empty_like(order)
         inverse[order] = np.arange(len(order))
         return Targets.concatenate(parts)[inverse]
 
     def stream(
-        self, *, seed: int, epoch: int = 0, rows: NDArray[np.int64] | None = None, window_blocks: int = 8
+        self,
+        *,
+        seed: int,
+        epoch: int = 0,
+        rows: NDArray[np.int64] | None = None,
+        window_blocks: int = 8,
+        optional: Collection[str] = (),
     ) -> Iterator[tuple[Rows, Targets]]:
         """Visit rows once each, in a shuffled order that the seed and the epoch determine.
 
@@ -257,6 +296,7 @@ class Teacher:
           rows: which rows; all of them by default.
           window_blocks: blocks of about four chunks that are held decoded and mixed; more mix better and take
             more memory (about 20 MB each at K = 64 and 16 samples).
+          optional: as for ``rows``.
 
         Yields:
           One row at a time: the row, and the targets of its target positions.
@@ -267,7 +307,8 @@ class Teacher:
         )
         with ThreadPoolExecutor(_READ_THREADS, "tailcache-reader") as pool:
             for window, permutation in windows:
-                held = list(itertools.chain.from_iterable(pool.map(self._read_block, window)))
+                blocks = pool.map(lambda block: self._read_block(block, optional), window)
+                held = list(itertools.chain.from_iterable(blocks))
                 for i in permutation:
                     yield held[i]
 
@@ -276,11 +317,11 @@ class Teacher:
         """Rows that are worth reading together: about four inner chunks of targets."""
         return max(1, round(4 * self.layout.chunk * self.layout.num_rows / self.num_targets))
 
-    def _read_block(self, block: NDArray[np.int64]) -> list[tuple[Rows, Targets]]:
+    def _read_block(self, block: NDArray[np.int64], optional: Collection[str]) -> list[tuple[Rows, Targets]]:
         held = []
         for run in np.split(block, np.flatnonzero(np.diff(block) > _MAX_GAP_ROWS) + 1):
             first, last = int(run[0]), int(run[-1]) + 1
-            rows, targets = self.corpus.rows(first, last), self.rows(first, last)
+            rows, targets = self.corpus.rows(first, last), self.rows(first, last, optional=optional)
             offsets = np.concatenate([[0], np.cumsum(rows.supervised)])[rows.offsets]
             for row in run - first:
                 held.append((rows.slice(row, row + 1), targets[offsets[row] : offsets[row + 1]]))

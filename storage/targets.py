@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,7 +25,7 @@ from tailcache.storage.arrays import group_metadata, open_array, read_slice
 from tailcache.storage.codec import Codec, Targets, logprob_levels, vocabulary_order
 from tailcache.storage.corpus import Corpus
 from tailcache.storage.errors import ConfigError, CorruptError, MismatchError, StorageError
-from tailcache.storage.layout import Layout, check_name, commit_path
+from tailcache.storage.layout import Layout, check_name, check_temperatures, commit_path
 from tailcache.storage.sealed import seal, unseal
 
 __all__ = ["Targets", "TargetsWriter", "commit_chain", "load_codec", "plan_layout"]
@@ -38,6 +39,7 @@ def plan_layout(
     shard_positions: int,
     chunk: int = 8192,
     compression_level: int = 9,
+    temperatures: Sequence[float] = (),
 ) -> Layout:
     """Cut a corpus into shards.
 
@@ -48,9 +50,10 @@ def plan_layout(
       shard_positions: target positions per shard, on average.
       chunk: slots per inner chunk.
       compression_level: of blosc, 1 to 9.
+      temperatures: further ones at which the tail's sum is stored, in this order.
 
     Raises:
-      ConfigError: a size is out of range.
+      ConfigError: a size or a temperature is out of range.
     """
     if not 1 <= top_k <= corpus.vocab_size:
         raise ConfigError(f"top_k: expected 1 to the vocabulary size {corpus.vocab_size}, found {top_k}")
@@ -63,6 +66,9 @@ def plan_layout(
             "expected shard_positions >= 1, chunk >= 1 and a compression level from 1 to 9; found "
             f"{shard_positions}, {chunk} and {compression_level}"
         )
+    problem = check_temperatures(temperatures)
+    if problem:
+        raise ConfigError(f"temperatures: {problem}")
     rows_per_shard = max(1, round(shard_positions * corpus.num_rows / max(1, corpus.num_targets)))
     rows_per_shard = min(rows_per_shard, corpus.num_rows)
     largest = 1
@@ -82,6 +88,7 @@ def plan_layout(
         shard_slots=-(-largest // chunk) * chunk,
         chunk=chunk,
         compression_level=compression_level,
+        temperatures=tuple(map(float, temperatures)),
     )
 
 
@@ -230,8 +237,13 @@ class TargetsWriter:
             self._create(targets)
         assert self._codec is not None
         files: dict[str, dict[str, Any]] = {}
-        for name, values in self._codec.encode(targets).items():
-            spec = self.layout.fields()[name]
+        specs, encoded = self.layout.fields(), self._codec.encode(targets)
+        wanted = {name: spec.columns for name, spec in specs.items()}
+        found = {name: values.shape[1] if values.ndim > 1 else None for name, values in encoded.items()}
+        if found != wanted:
+            raise ValueError(f"{self.path}, shard {shard}: expected fields and columns {wanted}, found {found}")
+        for name, values in encoded.items():
+            spec = specs[name]
             data = spec.encode(values)
             if data is not None:
                 files[spec.object_path(shard)] = {

@@ -9,6 +9,7 @@ a file that none of them knows is reported too. Then the values are decoded and 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -325,11 +326,13 @@ def _teacher_problems(teacher: Teacher) -> Iterator[tuple[int | None, str]]:
         sums = {"log_target": 0.0, "tail_mass": 0.0}
         for a in range(first, last, step):
             b = min(a + step, last)
-            rows, targets = corpus.rows(a, b), teacher.rows(a, b)
+            rows, targets = corpus.rows(a, b), teacher.rows(a, b, optional=teacher.optional)
             found += len(targets)
             sums["log_target"] += float(targets.log_target.sum(dtype=np.float64))
             sums["tail_mass"] += float(np.exp(targets.log_tail.astype(np.float64)).sum())
-            for problem in _target_problems(targets, rows, layout):
+            for problem in itertools.chain(
+                _target_problems(targets, rows, layout), _tempered_problems(targets, layout)
+            ):
                 yield shard, f"rows [{a}, {b}): {problem}"
         record = teacher.commit(shard)
         if record["positions"] != found:
@@ -379,6 +382,35 @@ def _target_problems(targets: Targets, rows: Rows, layout: Layout) -> Iterator[s
     )
     if outside.any():
         yield "log_target: more likely than the top-K though the true next token is not one of them; misaligned?"
+
+
+def _tempered_problems(targets: Targets, layout: Layout) -> Iterator[str]:
+    """``log_z_tail`` against what the other fields leave possible.
+
+    With s = 1/tau, log sum p~^s / (1 - s) is the tail's Renyi entropy of order s. It falls as s grows, from log N of
+    the N tokens at s = 0 through the stored entropy at s = 1 to -log of the largest p~ at infinity.
+    """
+    tail = layout.vocab_size - layout.top_k
+    if tail == 0 or len(targets) == 0:
+        if np.isfinite(targets.log_z_tail).any():
+            yield "log_z_tail: expected -inf where the top-K is the whole vocabulary"
+        return
+    log_tail, entropy = targets.log_tail.astype(np.float64), targets.tail_entropy.astype(np.float64)
+    last = targets.logprobs[:, -1].astype(np.float64)
+    last_slack = _LEVEL_SLACK + np.maximum(0, -last - 64) / 128  # the last stored log-prob is a level's
+    for i, tau in enumerate(layout.temperatures):
+        stored = targets.log_z_tail[:, i].astype(np.float64)
+        renyi = (stored - log_tail / tau) / (1 - 1 / tau)
+        slack = 1e-3 + _RELATIVE * ((np.abs(stored) + np.abs(log_tail) / tau) / abs(1 - 1 / tau) + entropy)
+        low = entropy if tau > 1 else np.maximum(0, log_tail - last - last_slack)
+        high = np.full(len(stored), np.log(tail)) if tau > 1 else entropy
+        off = ~((renyi >= low - slack) & (renyi <= high + slack))
+        if off.any():
+            t = int(np.argmax(off))
+            yield (
+                f"log_z_tail at temperature {tau:g}: expected the Renyi entropy of order {1 / tau:g} to be from "
+                f"{low[t]} to {high[t]} nats, found {renyi[t]}"
+            )
 
 
 def _any_member(samples: NDArray[np.int32], sorted_ids: NDArray[np.int32], vocab_size: int) -> bool:

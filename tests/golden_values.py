@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from tailcache.storage.codec import OPTIONAL
 from tailcache.storage.reader import open_cache
 
 
@@ -10,13 +11,14 @@ def decoded(cache: Path) -> dict[str, Any]:
     """All that a reader gives for the golden cache, as JSON."""
     opened = open_cache(cache)
     corpus, teacher = opened.corpus, opened.teacher("golden")
-    rows, targets = corpus.rows(0, corpus.num_rows), teacher.rows(0, corpus.num_rows)
+    rows, targets = corpus.rows(0, corpus.num_rows), teacher.rows(0, corpus.num_rows, optional=teacher.optional)
+    absent = set(OPTIONAL) - set(teacher.optional)
     return {
         "corpus_hash": corpus.hash,
         "teacher_hash": teacher.hash,
         "rows": {name: values.tolist() for name, values in vars(rows).items()},
         "target_offsets": corpus.target_offsets(0, corpus.num_rows).tolist(),
         "token_counts": corpus.token_counts.tolist(),
-        "targets": {name: values.tolist() for name, values in vars(targets).items()},
+        "targets": {name: values.tolist() for name, values in vars(targets).items() if name not in absent},
         "mean_tail": teacher.mean_tail.tolist(),
     }

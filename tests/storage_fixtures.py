@@ -84,7 +84,12 @@ def log_sum(logprobs_TV: Float64, chosen_TV: NDArray[np.bool_]) -> Float64:
 
 
 def summarise(
-    logprobs_TV: Float64, next_T: NDArray[np.integer], top_k: int, num_samples: int, seed: int = 0
+    logprobs_TV: Float64,
+    next_T: NDArray[np.integer],
+    top_k: int,
+    num_samples: int,
+    seed: int = 0,
+    temperatures: tuple[float, ...] = (),
 ) -> tuple[Targets, Float64]:
     """What a capture would hand over for exact distributions: the targets, and the sum of the normalised tails."""
     num, vocab_size = logprobs_TV.shape
@@ -111,6 +116,9 @@ def summarise(
         log_target=logprobs_TV[np.arange(num), next_T].astype(np.float32),
         log_not_target=log_sum(logprobs_TV, ~is_next).astype(np.float32),
         tail_samples=samples,
+        log_z_tail=np.concatenate(
+            [np.empty((num, 0)), *(log_sum(logprobs_TV / tau, in_tail)[:, None] for tau in temperatures)], axis=1
+        ).astype(np.float32),
     )
     return targets, tail.sum(axis=0)
 
@@ -151,9 +159,13 @@ def make_exact(
     seed: int = 0,
     scale: float = 3.0,
     logits_TV: Float64 | None = None,
+    temperatures: tuple[float, ...] = (),
 ) -> Exact:
     """Random distributions for every target position of a corpus, cut into shards."""
-    layout = plan_layout(corpus, top_k=top_k, num_samples=num_samples, shard_positions=shard_positions, chunk=chunk)
+    layout = plan_layout(
+        corpus, top_k=top_k, num_samples=num_samples, shard_positions=shard_positions, chunk=chunk,
+        temperatures=temperatures,
+    )  # fmt: skip
     generator = np.random.default_rng([seed, 5])
     if logits_TV is None:
         logits_TV = generator.normal(size=(corpus.num_targets, corpus.vocab_size)) * scale
@@ -164,7 +176,7 @@ def make_exact(
     for shard in range(layout.num_shards):
         first, last = layout.shard_rows(shard)
         part = slice(int(offsets[first]), int(offsets[last]))
-        shards.append(summarise(logprobs[part], following[part], top_k, num_samples, seed + shard))
+        shards.append(summarise(logprobs[part], following[part], top_k, num_samples, seed + shard, temperatures))
     return Exact(corpus, layout, logprobs, Targets.concatenate([targets for targets, _ in shards]), shards)
 
 

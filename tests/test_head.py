@@ -19,6 +19,7 @@ from tailcache.pipeline.draws import draw_key, systematic_points
 from tailcache.pipeline.head import HeadSummary, mask_padding, padded_width, summarise_logits
 
 Floats = NDArray[np.float32]
+TEMPERATURES = (0.5, 2.0, 4.0, 10.0)
 DIGITS = Context(prec=50, Emin=-(10**9), Emax=10**9)
 
 
@@ -39,7 +40,7 @@ def summarise(
     )
 
 
-def exact(logits: Floats, ids: Any, target: int) -> dict[str, Any]:
+def exact(logits: Floats, ids: Any, target: int, temperatures: tuple[float, ...] = ()) -> dict[str, Any]:
     """One distribution in exact probabilities; the head is the given ids."""
     with localcontext(DIGITS):
         weights = [Decimal(float(z)).exp() for z in logits]
@@ -57,21 +58,25 @@ def exact(logits: Floats, ids: Any, target: int) -> dict[str, Any]:
             "log_target": float(p[target].ln()),
             "log_not_target": float(not_target.ln()) if not_target else -np.inf,
             "tail": [float(p[i] / alpha) if alpha and i not in head else 0.0 for i in range(len(p))],
+            "log_z_tail": [
+                float(sum((q ** (1 / Decimal(tau)) for q in tail), Decimal(0)).ln()) if alpha else -np.inf
+                for tau in temperatures
+            ],
         }
 
 
 def check(logits: Floats, targets: NDArray[np.int64], top_k: int) -> None:
     tail_sum = torch.zeros(padded_width(logits.shape[1]), dtype=torch.float64)
-    summary = summarise(logits, targets, top_k=top_k, m=3, tail_sum_V=tail_sum) if top_k < logits.shape[1] else None
-    summary = summary or summarise(logits, targets, top_k=top_k)
+    m = 3 if top_k < logits.shape[1] else 0
+    summary = summarise(logits, targets, top_k=top_k, m=m, tail_sum_V=tail_sum, temperatures=TEMPERATURES)
     expected_sum = np.zeros(logits.shape[1])
     for t, row in enumerate(logits):
         ids = summary.token_ids[t].tolist()
         assert len(set(ids)) == top_k
         assert max(ids) < len(row)
         np.testing.assert_array_equal(row[ids], np.sort(row)[::-1][:top_k], err_msg="not the most likely, in order")
-        expected = exact(row, ids, int(targets[t]))
-        for name in ("logprobs", "log_tail", "tail_entropy", "log_target", "log_not_target"):
+        expected = exact(row, ids, int(targets[t]), TEMPERATURES)
+        for name in ("logprobs", "log_tail", "tail_entropy", "log_target", "log_not_target", "log_z_tail"):
             # float32 holds a log to 6e-8 of itself; logits of ±1e4 are themselves known to that and no better.
             np.testing.assert_allclose(
                 getattr(summary, name)[t].numpy(), expected[name], rtol=3e-7, atol=2e-6, err_msg=f"{name}, row {t}"
@@ -155,6 +160,44 @@ def test_one_minus_p_is_right_where_p_is_nearly_one_and_nearly_none(gap: float) 
     )
 
 
+@pytest.mark.parametrize("gap", [20.0, 69.0, 200.0, 3000.0])
+@pytest.mark.parametrize("top_k", [1, 5, 100])
+def test_the_tails_sum_at_other_temperatures_is_right_wherever_the_mass_is(gap: float, top_k: int) -> None:
+    """A tail of e^-gap in all; as much below the head at one temperature as above it at another."""
+    logits = random_logits("random", 3, 200)
+    logits[np.arange(3), [3, 64, 199]] += gap
+    summary = summarise(logits, [3, 0, 1], top_k=top_k, temperatures=TEMPERATURES)
+    for t, row in enumerate(logits):
+        expected = exact(row, summary.token_ids[t].tolist(), 0, TEMPERATURES)["log_z_tail"]
+        np.testing.assert_allclose(summary.log_z_tail[t].numpy(), expected, rtol=3e-7, atol=1e-6)
+    # With the head's own sum it is the whole partition function; at tau = 1 it would be the tail's mass.
+    near_one = summarise(logits, [3, 0, 1], top_k=top_k, temperatures=(1.0,))
+    torch.testing.assert_close(near_one.log_z_tail[:, 0], near_one.log_tail, rtol=3e-7, atol=1e-6)
+
+
+def test_temperatures_change_nothing_else_and_none_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = random_logits("zipf", 5, 500)
+    plain = summarise(logits, np.arange(5), top_k=6, m=5)
+    further = summarise(logits, np.arange(5), top_k=6, m=5, temperatures=TEMPERATURES)
+    for field in dataclasses.fields(HeadSummary):
+        if field.name != "log_z_tail":
+            assert torch.equal(getattr(plain, field.name), getattr(further, field.name)), field.name
+    assert plain.log_z_tail.shape == (5, 0)
+    assert further.log_z_tail.shape == (5, 4)
+    passes, original = 0, torch.div
+
+    def div(*arguments: Any, **keywords: Any) -> Tensor:
+        nonlocal passes
+        passes += 1
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(torch, "div", div)
+    for temperatures in ((), (2.0,), TEMPERATURES):
+        passes = 0
+        summarise(logits, np.arange(5), top_k=6, temperatures=temperatures)
+        assert passes == len(temperatures)
+
+
 def test_one_token_is_the_whole_vocabulary() -> None:
     summary = summarise(np.array([[3.0]], np.float32), [0], top_k=1)
     assert (summary.logprobs.item(), summary.log_target.item(), summary.tail_entropy.item()) == (0, 0, 0)
@@ -175,9 +218,10 @@ def not_finite(summary: HeadSummary) -> NDArray[np.bool_]:
 def test_logits_that_are_not_finite_show_and_spoil_no_other_row(top_k: int, bad: float, where: list[int]) -> None:
     """A finite -3e38 is a probability of 0, unless the head needs it: then it cannot be told from padding."""
     logits = random_logits("random", 3, 130)
-    good = summarise(logits.copy(), [1, 2, 3], top_k=top_k, m=0 if top_k == 130 else 4)
+    options: dict[str, Any] = {"top_k": top_k, "m": 0 if top_k == 130 else 4, "temperatures": (0.5, 4.0)}
+    good = summarise(logits.copy(), [1, 2, 3], **options)
     logits[1, list(where)] = bad
-    summary = summarise(logits, [1, 2, 3], top_k=top_k, m=0 if top_k == 130 else 4)
+    summary = summarise(logits, [1, 2, 3], **options)
     shows = bad != -3.0e38 or 130 - len(where) <= top_k
     assert not_finite(summary).tolist() == [False, shows, False]
     for field in dataclasses.fields(summary):
