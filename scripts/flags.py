@@ -44,9 +44,18 @@ def parse_flags(
     except SystemExit as stop:
         if stop.code:
             known = list(flag_names(config_class))
+            in_file = [
+                f"--{each.name}" for each in dataclasses.fields(config_class) if _only_in_file(config_class, each)
+            ]
             for flag in flags:
                 name = flag.partition("=")[0].replace("_", "-")
-                if name.startswith("--") and name not in known and name != "--help":
+                if name in in_file:
+                    print(
+                        f"{prog}: {name} is a list of groups of settings, which flags cannot say; put it in a file: "
+                        f"--config FILE",
+                        file=sys.stderr,
+                    )
+                elif name.startswith("--") and name not in known and name != "--help":
                     print(f"{prog}: there is no flag {name}{suggestion(name, known)}", file=sys.stderr)
         raise
 
@@ -56,6 +65,8 @@ def flag_names(config_class: type, prefix: str = "--") -> Iterator[str]:
     hints = typing.get_type_hints(config_class)
     for each in dataclasses.fields(config_class):
         name = each.name.replace("_", "-")
+        if _only_in_file(config_class, each):
+            continue
         if dataclasses.is_dataclass(hints[each.name]):
             yield from flag_names(hints[each.name], f"{prefix}{name}.")
         else:
@@ -63,17 +74,29 @@ def flag_names(config_class: type, prefix: str = "--") -> Iterator[str]:
             yield f"{prefix}no-{name}"
 
 
+def _only_in_file(config_class: type, field: dataclasses.Field[Any]) -> bool:
+    """Whether a setting is a list of groups of settings: a file can say it, flags cannot."""
+    return any(map(dataclasses.is_dataclass, typing.get_args(typing.get_type_hints(config_class)[field.name])))
+
+
 def _flow_help(config_class: type) -> None:
-    """Let the help flow: tyro keeps the line breaks of indented docstrings, which then break lines mid-sentence."""
+    """Let the help flow: tyro keeps the line breaks of indented docstrings, which then break lines mid-sentence.
+
+    Settings that only a file can say are taken out of the help, and out of the flags.
+    """
     import tyro
 
-    hints = typing.get_type_hints(config_class, include_extras=True)
-    for name, text in _field_docstrings(config_class):
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            _flow_help(hint)
-        elif typing.get_origin(hint) is not Annotated:
-            config_class.__annotations__[name] = Annotated[hint, tyro.conf.arg(help=" ".join(text.split()))]
+    for owner in filter(dataclasses.is_dataclass, config_class.__mro__):
+        hints = typing.get_type_hints(owner, include_extras=True)
+        in_file = {each.name for each in dataclasses.fields(owner) if _only_in_file(owner, each)}
+        for name, text in _field_docstrings(owner):
+            hint = hints[name]
+            if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+                _flow_help(hint)
+            elif name in in_file:
+                owner.__annotations__[name] = Annotated[hint, tyro.conf.Fixed, tyro.conf.Suppress]
+            elif typing.get_origin(hint) is not Annotated:
+                owner.__annotations__[name] = Annotated[hint, tyro.conf.arg(help=" ".join(text.split()))]
 
 
 def _field_docstrings(config_class: type) -> Iterator[tuple[str, str]]:

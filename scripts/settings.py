@@ -7,7 +7,8 @@
                                          cache: runs/demo
 
 Keys are the names of the fields, with - or _. An unknown key or a value of another type is an error that says
-which file, which key, and what was meant. Flags on the command line are stronger than the file.
+which file, which key, and what was meant. Flags on the command line are stronger than the file. A list of groups of
+settings (`losses:` of train) can be given in a file only.
 """
 
 from __future__ import annotations
@@ -117,10 +118,27 @@ def default_settings(config_class: type[Config], values: Mapping[str, Any], wher
             value = each.default
         elif each.default_factory is not dataclasses.MISSING:
             value = each.default_factory()
+        elif missing is dataclasses.MISSING:
+            raise ConfigError(f"{where}: expected a setting {name!r}, found {', '.join(given) or 'nothing'}")
         else:
             value = missing
         object.__setattr__(instance, name, value)
     return instance
+
+
+def _listed(config_class: type[Config], values: Any, where: str) -> Config:
+    """An entry of a list: no flag can change or complete it, so its own checks run here.
+
+    Raises:
+      ConfigError: as ``default_settings``; also a required setting is missing, or a check fails.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: expected settings by name, found {values!r}")
+    entry = default_settings(config_class, values, where, dataclasses.MISSING)
+    try:
+        return dataclasses.replace(entry)  # type: ignore[type-var]
+    except ConfigError as error:
+        raise ConfigError(f"{where}, {error}") from error
 
 
 def _fit(value: Any, hint: Any, where: str, missing: Any) -> Any:
@@ -163,7 +181,9 @@ def _fit_sequence(value: Any, origin: Any, arguments: tuple[Any, ...], where: st
     else:
         kinds = [arguments[0]] * len(value)
     fitted = [
-        _fit(part, kind, f"{where}[{index}]", missing)
+        _listed(kind, part, f"{where}[{index}]")
+        if dataclasses.is_dataclass(kind)
+        else _fit(part, kind, f"{where}[{index}]", missing)
         for index, (part, kind) in enumerate(zip(value, kinds, strict=True))
     ]
     return tuple(fitted) if origin is tuple else fitted

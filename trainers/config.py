@@ -6,11 +6,12 @@ settings themselves are made on construction; those that need the cache or the s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
 from tailcache.storage.errors import ConfigError
+from tailcache.trainers.loss_config import Divergence, LossConfig, LossParameters
 
 __all__ = ["StudentConfig", "TrainConfig"]
 
@@ -75,14 +76,8 @@ class StudentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Train a student from the targets in a cache; the teacher is never loaded.
-
-    The loss per target position is clm_weight * CLM + divergence_weight * DIV, summed over the positions of
-    the accumulated batch and divided by their number over all devices: neither gradient accumulation nor
-    padding changes it. Students with the same seed get the same initialisation and see the same rows in the
-    same order, whatever their loss.
-    """
+class _Places:
+    """What is read and what is written; here so that the help begins with it."""
 
     cache: Path
     """Folder of the cache."""
@@ -98,29 +93,33 @@ class TrainConfig:
     student: StudentConfig = field(default_factory=StudentConfig)
     """The student."""
 
-    loss: Literal["clm", "kd", "tad"] = "tad"
-    """clm: plain language modelling, no teacher. kd: CLM + KL(p||q). tad: CLM + tail-aware divergence."""
+    loss: Literal["clm"] | Divergence | None = None
+    """clm: plain language modelling, no teacher. All others are CLM plus a divergence from the teacher. kd: KL(p||q).
+    tad: the tail-aware divergence. reverse_kl: KL(q||p). jsd: generalised Jensen-Shannon. skew_kl, skew_reverse_kl:
+    DistiLLM's. dkd: decoupled (TCKD and NCKD). atkd: hard and easy positions apart. todi: token-wise mix of forward
+    and reverse KL. rs_kd: KL from draws of the stored distribution. hidden_cosine: 1 - cosine of the hidden states.
+    Default: tad. A weighted sum of several is a list `losses:` in a file of settings (--config)."""
 
-    tail: Literal["sampled", "bucket", "prior"] = "sampled"
-    """What stands for the teacher's tail beyond the stored top-K. sampled: the stored draws, an unbiased
-    gradient. bucket: one atom, a lower bound. prior: the teacher's mean tail; deterministic, biased."""
 
-    top_k: int | None = None
-    """TAD's split K': the head is the teacher's K' most likely tokens, at most the K that is stored.
-    Default: 10. KL has no split and always uses every stored token."""
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(LossParameters, _Places):
+    """Train a student from the targets in a cache; the teacher is never loaded.
 
-    beta: float = 2.0
-    """TAD's weight of the tail: beta(X) = beta / mean tail mass over the positions of a document."""
+    The loss per target position is clm_weight * CLM + divergence_weight * DIV, summed over the positions of
+    the accumulated batch and divided by their number over all devices: neither gradient accumulation nor
+    padding changes it (but for atkd, whose hard positions are those of a forward). Students with the same seed get the
+    same initialisation and see the same rows in the same order, whatever their loss.
+    """
 
-    min_mean_alpha: float = 0.0
-    """Lower bound of that mean, so that beta(X) cannot explode on documents the teacher is sure of; 0 is the
-    paper."""
+    losses: tuple[LossConfig, ...] = ()
+    """In a file of settings only: a list of divergences, each with a name, a weight and its parameters, in place of
+    `loss`."""
 
     clm_weight: float = 1.0
     """Weight of the cross-entropy with the true next token."""
 
     divergence_weight: float = 1.0
-    """Weight of the divergence from the teacher (kd, tad)."""
+    """Weight of the divergence from the teacher."""
 
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW."""
@@ -153,7 +152,12 @@ class TrainConfig:
     """Decides initialisation, row order and dropout."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: the body of the model under autocast; weights, head and losses stay in float32."""
+    """bf16: the body of the model under autocast, and the head's factors rounded to bfloat16; the head's sums, its
+    results (logits are never rounded), losses and weights stay in float32."""
+
+    head_mode: Literal["one-pass", "recompute"] = "one-pass"
+    """How the head is fused with the loss. one-pass: its gradient is made in the forward, at the cost of cross-entropy.
+    recompute: holds no gradient of the head between forward and backward, and takes a third longer."""
 
     layout: Literal["auto", "rows", "flat", "documents"] = "auto"
     """How rows become lines of a batch. rows: one line each. flat: all on one line (flash attention).
@@ -185,10 +189,17 @@ class TrainConfig:
     """Continue from the last checkpoint in OUT (or start, if there is none)."""
 
     def __post_init__(self) -> None:
-        if self.top_k is not None and self.loss != "tad":
-            raise ConfigError(
-                f"top_k: the split K' is TAD's, and the loss is {self.loss!r}, which uses every stored token; drop it"
-            )
+        if self.losses:
+            given = "loss" if self.loss is not None else "divergence_weight" if self.divergence_weight != 1.0 else None
+            parameters = [each for each in fields(LossParameters) if getattr(self, each.name) != each.default]
+            given = given or next((each.name for each in parameters), None)
+            if given is not None:
+                raise ConfigError(
+                    f"{given}: losses lists the divergences with their own weights and parameters; put it there, or "
+                    "drop losses"
+                )
+        else:
+            self.check_parameters(self.loss_name)
         for name in ("batch_rows", "gradient_accumulation", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, found {getattr(self, name)}")
@@ -197,8 +208,6 @@ class TrainConfig:
             if value is not None and value < 1:
                 raise ConfigError(f"{name}: expected at least 1, found {value}")
         not_negative = (
-            "beta",
-            "min_mean_alpha",
             "clm_weight",
             "divergence_weight",
             "learning_rate",
@@ -213,5 +222,18 @@ class TrainConfig:
                 raise ConfigError(f"{name}: expected a number >= 0, found {getattr(self, name)}")
         if not self.epochs > 0:
             raise ConfigError(f"epochs: expected a number > 0, found {self.epochs}")
-        if self.clm_weight == 0 and (self.loss == "clm" or self.divergence_weight == 0):
+        if self.clm_weight == 0 and not any(each.weight > 0 for each in self.divergences):
             raise ConfigError("clm_weight: with every weight 0 there is no loss; set one above 0")
+
+    @property
+    def loss_name(self) -> str:
+        """What ``loss`` is, where there is no list."""
+        return self.loss or "tad"
+
+    @property
+    def divergences(self) -> tuple[LossConfig, ...]:
+        """The divergences that are summed; none for plain language modelling."""
+        if self.losses or self.loss == "clm":
+            return self.losses
+        parameters = {each.name: getattr(self, each.name) for each in fields(LossParameters)}
+        return (LossConfig(name=self.loss or "tad", weight=self.divergence_weight, **parameters),)
