@@ -24,6 +24,9 @@ from tailcache.storage.corpus import Corpus, CorpusWriter
 from tailcache.storage.fingerprint import fingerprint
 from tailcache.storage.reader import Teacher, open_cache
 from tailcache.storage.targets import TargetsWriter, plan_layout
+from tailcache.trainers.batches import TARGET_FIELDS
+from tailcache.trainers.loss_config import LossConfig
+from tailcache.trainers.objective import Objective
 
 LLAMA = {
     "hidden_size": 32,
@@ -116,20 +119,28 @@ def logprobs_of(model: Any, corpus: Corpus) -> tuple[Tensor, NDArray[np.int64]]:
 
 
 def write_teacher(
-    corpus: Corpus, logprobs_TV: Tensor, next_tokens_T: NDArray[np.int64], *, name: str, top_k: int, num_samples: int
+    corpus: Corpus,
+    logprobs_TV: Tensor,
+    next_tokens_T: NDArray[np.int64],
+    *,
+    name: str,
+    top_k: int,
+    num_samples: int,
+    temperatures: tuple[float, ...] = (),
 ) -> Teacher:
     """Store distributions as a teacher of the corpus, in several shards."""
     from loss_cases import cached
 
-    terms = cached(logprobs_TV, top_k, num_samples, torch.from_numpy(next_tokens_T))
+    terms = cached(logprobs_TV, top_k, num_samples, torch.from_numpy(next_tokens_T), temperatures=temperatures)
     tail = logprobs_TV.exp().scatter(-1, terms.token_ids, 0.0)
     tail = tail / tail.sum(-1, keepdim=True).clamp_min(1e-300)
+    wanted = [*TARGET_FIELDS, *(["log_z_tail"] if temperatures else [])]
     arrays = {
         field: getattr(terms, field).numpy().astype(np.int32 if "ids" in field or "samples" in field else np.float32)
-        for field in Targets.__dataclass_fields__
+        for field in wanted
     }
     targets = Targets(**arrays)
-    layout = plan_layout(corpus, top_k=top_k, num_samples=num_samples, shard_positions=200)
+    layout = plan_layout(corpus, top_k=top_k, num_samples=num_samples, shard_positions=200, temperatures=temperatures)
     with TargetsWriter(corpus, name, layout=layout, settings={"name": name}) as writer:
         for shard in range(layout.num_shards):
             offsets = corpus.target_offsets(*layout.shard_rows(shard))
@@ -140,7 +151,14 @@ def write_teacher(
 
 
 def make_cache(
-    cache: Path, *, top_k: int | None = 12, num_samples: int = 6, name: str = "teacher", seed: int = 0, **corpus: Any
+    cache: Path,
+    *,
+    top_k: int | None = 12,
+    num_samples: int = 6,
+    name: str = "teacher",
+    seed: int = 0,
+    temperatures: tuple[float, ...] = (),
+    **corpus: Any,
 ) -> Teacher:
     """A corpus and one random teacher over it; `top_k` None stores the whole vocabulary."""
     made = make_corpus(cache, **corpus)
@@ -154,4 +172,15 @@ def make_cache(
         name=name,
         top_k=made.vocab_size if whole else int(top_k or 0),
         num_samples=0 if whole else num_samples,
+        temperatures=temperatures,
     )
+
+
+def objective_for(teacher: Teacher, *losses: str | LossConfig, clm_weight: float = 1.0, **parameters: Any) -> Objective:
+    """An objective from names (all with the same parameters) or ready settings; "clm" adds nothing."""
+    configs = [
+        each if isinstance(each, LossConfig) else LossConfig(name=each, **parameters)  # type: ignore[arg-type]
+        for each in losses
+        if each != "clm"
+    ]
+    return Objective.of(clm_weight, configs, teacher)

@@ -25,7 +25,7 @@ Legend: N tokens of the batch without padding, B lines, L longest line, T target
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -75,6 +75,7 @@ TARGET_FIELDS = (
     "log_target",
     "log_not_target",
 )
+OPTIONAL_FIELDS = ("log_z_tail", "hidden")
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,12 @@ class RowTargets(RowTokens):
     Attributes:
       supervised: [n] bool; which positions have a target.
       targets: the teacher's targets of those positions, in order.
+      row: its number in the corpus.
     """
 
     supervised: NDArray[np.bool_]
     targets: Targets
+    row: int
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,14 @@ def block_rows_of(corpus: Corpus) -> int:
 class CacheRows(Dataset[RowTargets]):
     """Some rows of a cache, decoded a block at a time and kept while a shuffle window needs them."""
 
-    def __init__(self, teacher: Teacher, rows: NDArray[np.int64], *, kept_blocks: int = WINDOW_BLOCKS + 1) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        rows: NDArray[np.int64],
+        *,
+        kept_blocks: int = WINDOW_BLOCKS + 1,
+        optional: Sequence[str] = (),
+    ) -> None:
         """Make a map-style dataset; item i is the i-th of `rows`.
 
         Args:
@@ -136,11 +146,14 @@ class CacheRows(Dataset[RowTargets]):
           rows: [R] corpus row indices, ascending.
           kept_blocks: decoded blocks held, least recently used dropped first; about 10 MB each at K = 64
             and 16 samples. One more than a shuffle window has, so that each block is decoded once per epoch.
+          optional: the optional fields of the cache that are wanted (``log_z_tail``, ``hidden``); the others are not
+            read.
         """
         self.teacher = teacher
         self.row_indices = rows
         self.block_rows = block_rows_of(teacher.corpus)
         self.kept_blocks = kept_blocks
+        self.optional = tuple(optional)
         self.num_decoded = 0
         self._blocks: OrderedDict[int, list[RowTargets]] = OrderedDict()
 
@@ -165,7 +178,8 @@ class CacheRows(Dataset[RowTargets]):
         decoded = []
         for run in np.split(block, np.flatnonzero(np.diff(block) > MAX_GAP_ROWS) + 1):
             first, last = int(run[0]), int(run[-1]) + 1
-            rows, targets = self.teacher.corpus.rows(first, last), self.teacher.rows(first, last)
+            rows = self.teacher.corpus.rows(first, last)
+            targets = self.teacher.rows(first, last, optional=self.optional)
             before = np.concatenate([[0], np.cumsum(rows.supervised)])[rows.offsets]
             if len(targets) != before[-1]:
                 raise MismatchError(
@@ -180,6 +194,7 @@ class CacheRows(Dataset[RowTargets]):
                         document_start=row.document_start,
                         supervised=row.supervised,
                         targets=targets[int(before[i]) : int(before[i + 1])],
+                        row=first + i,
                     )
                 )
         return decoded
@@ -263,28 +278,44 @@ def collate(rows: Sequence[RowTargets], *, layout: Layout = "rows", pad_to_multi
 
     Returns:
       input_ids and position_ids [B, L]; target_index [T] into the flattened [B * L]; labels [T], the true
-      next tokens; segments [T], numbered from 0 per batch; all int64. And teacher: a dict of the targets'
-      fields, leading axis T (see ``teacher_terms``).
+      next tokens; segments [T], numbered from 0 per batch; rows [T], the corpus row of each position; all int64. And
+      teacher: a dict of the targets' fields, leading axis T (see ``teacher_terms``), the optional ones only where
+      they were read.
     """
     lines = lay_out(rows, layout, pad_to_multiple_of=pad_to_multiple_of)
     tokens_N = np.concatenate([row.tokens for row in rows])
     positions_T = target_positions(np.concatenate([row.supervised for row in rows]))
+    read = [
+        name for name in OPTIONAL_FIELDS if all(getattr(row.targets, name, np.zeros((1, 0))).shape[1] for row in rows)
+    ]
+    scales = ["hidden_scale"] if "hidden" in read else []
     return {
         "input_ids": torch.from_numpy(lines.input_ids),
         "position_ids": torch.from_numpy(lines.position_ids),
         "target_index": torch.from_numpy(lines.slots[positions_T]),
         "labels": torch.from_numpy(next_tokens(tokens_N, positions_T)),
         "segments": torch.from_numpy(lines.segments[positions_T]),
+        "rows": torch.from_numpy(np.repeat([row.row for row in rows], [len(row.targets) for row in rows])),
         "teacher": {
             name: torch.from_numpy(np.concatenate([getattr(row.targets, name) for row in rows]))
-            for name in TARGET_FIELDS
+            for name in [*TARGET_FIELDS, *read, *scales]
         },
     }
 
 
-def teacher_terms(fields: Mapping[str, Tensor], vocab_size: int) -> TeacherTerms:
-    """The `teacher` part of a batch as the terms that losses take: ids widened to int64."""
+def teacher_terms(batch: Batch, vocab_size: int, temperatures: Sequence[float] = ()) -> TeacherTerms:
+    """The targets of a batch as the terms that losses take: ids widened to int64.
+
+    Args:
+      batch: of ``collate``, on any device.
+      vocab_size: V.
+      temperatures: what the columns of ``log_z_tail`` are about, where it was read.
+    """
+    fields: dict[str, Tensor] = batch["teacher"]
+    wanted = {name: fields[name] for name in (*TARGET_FIELDS, "log_z_tail") if name in fields}
     return TeacherTerms(
         vocab_size=vocab_size,
-        **{name: v if v.is_floating_point() else v.long() for name, v in fields.items()},
+        next_tokens=batch["labels"],
+        temperatures=tuple(temperatures) if "log_z_tail" in wanted else (),
+        **{name: value if value.is_floating_point() else value.long() for name, value in wanted.items()},
     )

@@ -2,23 +2,28 @@
 
 The loss of an optimizer step is
 
-    sum over its target positions of (clm_weight * CLM + divergence_weight * DIV) / number of those positions,
+    sum over its target positions of (clm_weight * CLM + weight * DIV, for each divergence) / number of those positions,
 
 the sum and the number taken over all micro-batches and all devices. How rows are cut into micro-batches,
 how much padding they carry and which device sees them therefore leaves no trace in it. beta(X) is a
-property of a document's part within a row, and rows are never split, so TAD has no trace of it either.
+property of a document's part within a row, and rows are never split, so TAD has no trace of it either; RS-KD draws for
+each row by itself. ATKD alone has: what is hard is decided among the positions of one micro-batch.
+
+Where the student's head is a linear layer, the loss is fused with it and its logits never exist as a whole, in training
+or in evaluation (``fused_loss``). Otherwise all logits of the target positions are made, and the introduction says so.
 
 `evaluate` measures held-out rows (see ``metrics``) instead of the loss. Both are logged against
 ``positions_seen``, the target positions trained on so far, which is what students of different losses and
 batch sizes have in common.
 
-Legend: B lines, L their length, T target positions, V vocabulary.
+Legend: B lines, L their length, T target positions, D hidden width, V vocabulary, W width of the head, P parts.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,16 +40,20 @@ from transformers.trainer_utils import IntervalStrategy
 
 from tailcache.storage.errors import ConfigError
 from tailcache.trainers.batches import CacheRows, Layout, ShuffledRows, collate, teacher_terms
-from tailcache.trainers.forward import check_documents_kept_apart, default_layout, target_logits
-from tailcache.trainers.metrics import HeldOutSums, kl_kind, position_metrics
-from tailcache.trainers.objective import Objective
+from tailcache.trainers.forward import HeadSeat, check_documents_kept_apart, default_layout, target_logits
+from tailcache.trainers.fused_loss import Mode, chunked_loss, fused_loss
+from tailcache.trainers.hidden_cosine import hidden_cosine
+from tailcache.trainers.linear_head import LinearHead
+from tailcache.trainers.metrics import HeldOutSums, kl_kind, metrics_of_hidden, metrics_of_logits
+from tailcache.trainers.objective import Objective, Prepared
 from tailcache.trainers.progress import Reporter, quiet_progress
 from tailcache.trainers.records import write_record
-from tailcache.trainers.terms import student_terms
+from tailcache.trainers.student_head import find_linear_head
 
 if TYPE_CHECKING:
     from tailcache.storage.reader import Teacher
     from tailcache.trainers.config import TrainConfig
+    from tailcache.trainers.terms import TeacherTerms
 
 __all__ = ["DistillTrainer", "training_arguments"]
 
@@ -72,6 +81,7 @@ class DistillTrainer(Trainer):
         teacher: Teacher,
         objective: Objective,
         layout: Layout | None = None,
+        head_mode: Mode = "one-pass",
         train_rows: NDArray[np.int64] | None = None,
         held_out_rows: NDArray[np.int64] | None = None,
         record: dict[str, Any] | None = None,
@@ -85,14 +95,15 @@ class DistillTrainer(Trainer):
           teacher: an open teacher of a cache.
           objective: the loss.
           layout: how rows become lines; by default what the model's attention needs.
+          head_mode: how the head is fused with the loss, see ``fused_loss``.
           train_rows: corpus rows to train on, ascending; by default all that are not held out.
           held_out_rows: corpus rows to evaluate on; by default all that are held out.
           record: what to write to tailcache.json beside the weights, apart from steps and positions.
           **kwargs: further arguments of ``Trainer``.
 
         Raises:
-          ConfigError: the objective cannot be had from this teacher, or there is nothing to train on.
-          StudentError: the student lets packed documents see one another.
+          ConfigError: there is nothing to train on, or several GPUs are visible to one process.
+          StudentError: the student lets packed documents see one another, or its hidden states cannot be compared.
         """
         if args.n_gpu > 1:
             raise ConfigError(
@@ -100,7 +111,6 @@ class DistillTrainer(Trainer):
                 f"`torchrun --nproc-per-node {args.n_gpu} -m tailcache.scripts.cli train ...`, or choose one GPU with "
                 "CUDA_VISIBLE_DEVICES=0"
             )
-        objective.check(teacher)
         self.teacher = teacher
         self.objective = objective
         self.layout: Layout = layout or default_layout(model)
@@ -111,7 +121,7 @@ class DistillTrainer(Trainer):
         held_out = corpus.held_out_rows() if held_out_rows is None else np.sort(held_out_rows)
         if len(rows) == 0:
             raise ConfigError(f"cache: {corpus.path.parent} has no row to train on; all {len(held_out)} are held out")
-        train_dataset = CacheRows(teacher, rows)
+        train_dataset = CacheRows(teacher, rows, optional=objective.optional)
         self.sampler = ShuffledRows(train_dataset, seed=args.seed)
         self.held_out = CacheRows(teacher, held_out, kept_blocks=2)
         if len(held_out) == 0:
@@ -131,13 +141,15 @@ class DistillTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.reporter = Reporter(self)
         self.add_callback(self.reporter)
-        self._parts = torch.zeros(2, device=args.device)
+        self._parts = torch.zeros(len(objective.names), device=args.device)
         self._step_positions = 0
-        self._prior = (
-            torch.from_numpy(np.asarray(teacher.mean_tail, dtype=np.float32)).to(args.device)
-            if objective.wants_prior
-            else None
-        )
+        self._student, self.head_mode = model, head_mode
+        found = find_linear_head(model, teacher.vocab_size)
+        objective.check_student(found, teacher)
+        self.head: LinearHead | None = None if isinstance(found, str) else found
+        self.why_full_logits = found if isinstance(found, str) else None
+        self._seat = None if self.head is None else HeadSeat(model)
+        self._aids = objective.aids(teacher, args.device)
         check_documents_kept_apart(model, self._probe_rows(rows), self.layout)
 
     def _probe_rows(self, rows: NDArray[np.int64]) -> list[Any]:
@@ -190,55 +202,94 @@ class DistillTrainer(Trainer):
         Args:
           model: the student, wrapped or not.
           inputs: a batch of ``batches.collate``.
-          return_outputs: also return {"logits": [T, W]}.
-          num_items_in_batch: target positions of the whole step over all devices; by default the batch's own.
+          return_outputs: also return {"values": [T, P]}, the parts of each position in the order of
+          ``objective.names``. num_items_in_batch: target positions of the whole step over all devices; by default the
+          batch's own.
 
         Returns:
           A scalar, nats: the weighted sum over the micro-batch divided by that number, times the number of
           devices (whose gradients are averaged afterwards).
         """
-        logits_TW = self.target_logits(model, inputs)
-        teacher = teacher_terms(inputs["teacher"], self.teacher.vocab_size)
-        student = student_terms(
-            logits_TW,
-            teacher,
-            inputs["labels"],
-            want_beyond=self.objective.wants_beyond,
-            prior_V=self._prior,
-        )
-        clm_T, divergence_T = self.objective.parts(teacher, student, inputs["segments"])
+        teacher = self._teacher_terms(inputs)
+        self.objective = self.objective.at(self.progress)
+        prepared = self.objective.prepare(teacher, inputs, self._aids, seed=(self.args.seed, self.state.global_step))
         count = torch.as_tensor(
-            len(inputs["labels"]) if num_items_in_batch is None else num_items_in_batch, device=logits_TW.device
+            len(inputs["labels"]) if num_items_in_batch is None else num_items_in_batch, device=self.args.device
         )
         scale = self.accelerator.num_processes / count.clamp_min(1)
-        clm = clm_T.sum() * scale
-        divergence = None if divergence_T is None else divergence_T.sum() * scale
+        coefficients_P = torch.tensor(self.objective.weights, device=self.args.device) * scale
+        if self._seat is None:
+            loss, values_TP = self._from_logits(self.target_logits(model, inputs), prepared, coefficients_P)
+        else:
+            work = partial(self._from_hidden, prepared, coefficients_P)
+            loss, values_TP = self._seat.run(model, inputs, work)
         if model.training:
-            parts = (clm, torch.zeros_like(clm) if divergence is None else divergence)
-            self._parts += torch.stack([part.detach() for part in parts])
-        loss = self.objective.total(clm, divergence)
-        return (loss, {"logits": logits_TW}) if return_outputs else loss
+            self._parts += values_TP.sum(0) * scale
+        return (loss, {"values": values_TP}) if return_outputs else loss
+
+    def _from_hidden(self, prepared: Prepared, coefficients_P: Tensor, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss and its parts [T, P], fused with the head; called at the head's place in the model's forward."""
+        head = self._current_head()
+        num_fused = len(prepared.parts)
+        if self.objective.dense:
+            total, values_TP = chunked_loss(
+                hidden_TD,
+                head,
+                prepared.of_logits,
+                coefficients_P[:num_fused],
+                num_buffers=8 * self.objective.num_dense,
+            )
+        else:
+            total, values_TP = fused_loss(
+                hidden_TD,
+                head,
+                prepared.teacher,
+                prepared.of_terms,
+                coefficients_P[:num_fused],
+                mode=self.head_mode,
+                fills=prepared.aids.fills,
+                temperatures=prepared.temperatures,
+            )
+        if self.objective.has_cosine and prepared.hidden_TD is not None:
+            cosine_T = hidden_cosine(hidden_TD, prepared.hidden_TD)
+            total = total + coefficients_P[-1] * cosine_T.sum()
+            values_TP = torch.cat([values_TP, cosine_T.detach()[:, None].to(values_TP.dtype)], dim=-1)
+        return total, values_TP
+
+    def _from_logits(self, logits_TW: Tensor, prepared: Prepared, coefficients_P: Tensor) -> tuple[Tensor, Tensor]:
+        """The same from full logits."""
+        with torch.autocast(device_type=logits_TW.device.type, enabled=False):
+            values_TP = prepared.of_logits(slice(0, len(logits_TW)), logits_TW)
+            return (values_TP * coefficients_P.to(values_TP.dtype)).sum(), values_TP.detach()
+
+    def _current_head(self) -> LinearHead:
+        """The head with the weight it has now: wrappers may have put another tensor in its place."""
+        assert self.head is not None
+        assert self._seat is not None
+        module: Any = self._seat.head
+        return replace(self.head, weight=module.weight, bias=module.bias)
+
+    def _teacher_terms(self, batch: dict[str, Any]) -> TeacherTerms:
+        return teacher_terms(batch, self.teacher.vocab_size, self.teacher.temperatures)
+
+    @property
+    def progress(self) -> float:
+        """Optimizer steps done / all steps; 0 before training."""
+        return min(1.0, self.state.global_step / self.state.max_steps) if self.state.max_steps > 0 else 0.0
 
     def target_logits(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """[T, W] float32 logits of a batch's target positions."""
-        return target_logits(
-            model,
-            inputs["input_ids"],
-            inputs["position_ids"],
-            inputs["target_index"],
-            unwrapped=self.accelerator.unwrap_model(model, keep_fp32_wrapper=True),
-        )
+        """[T, W] float32 logits of a batch's target positions, all at once."""
+        return target_logits(model, inputs, model=self._student)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the parts of the loss and ``positions_seen`` to what ``Trainer`` logs."""
+        """Add the parts of the loss, TAD's beta and K' of the last step, and ``positions_seen`` to what is logged."""
         if "loss" in logs:
             parts = self._parts
             if self.args.world_size > 1:
                 parts = self.accelerator.gather(parts[None]).mean(0)
             steps = max(self.state.global_step - self.reporter.last_logged_step, 1)
-            logs["clm"] = parts[0].item() / steps
-            if self.objective.loss != "clm":
-                logs["divergence"] = parts[1].item() / steps
+            logs.update({name: part / steps for name, part in zip(self.objective.names, parts.tolist(), strict=True)})
+            logs.update(self.objective.scheduled)
             self._parts.zero_()
             logs["positions_seen"] = self.positions_seen
         super().log(logs, start_time)
@@ -289,10 +340,9 @@ class DistillTrainer(Trainer):
             rows: list[Any] = [dataset[i] for i in counted or [0]]
             batch: dict[str, Any] = self._prepare_inputs(self.data_collator(rows))
             with self.accelerator.autocast():
-                logits_TW = self.target_logits(model, batch)
+                values_T4 = self._metrics(model, batch)
             if counted:
-                teacher = teacher_terms(batch["teacher"], self.teacher.vocab_size)
-                sums.add(position_metrics(logits_TW, teacher, batch["labels"]))
+                sums.add(values_T4)
         model.train(was_training)
         if world > 1:
             # float32 would lose positions; MPS and some backends have no float64, NCCL and gloo do.
@@ -300,6 +350,15 @@ class DistillTrainer(Trainer):
             packed = self.accelerator.gather(packed[None].to(self.args.device)).sum(0).cpu()
             sums = HeldOutSums(packed[:-1], int(packed[-1]))
         return sums.means()
+
+    def _metrics(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """[T, 4] the metrics of a batch's positions."""
+        teacher = self._teacher_terms(batch)
+        if self._seat is None:
+            return metrics_of_logits(self.target_logits(model, batch), teacher)
+        work = partial(metrics_of_hidden, head=self._current_head(), teacher=teacher)
+        (values_T4,) = self._seat.run(model, batch, lambda hidden_TD: (work(hidden_TD),))
+        return values_T4
 
     @property
     def kl_is(self) -> str:

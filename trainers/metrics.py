@@ -11,7 +11,7 @@ q of the
   on the loss the student was trained with, so students of one teacher can be compared.
 - ``top1_agreement``: how often student and teacher have the same most likely token.
 
-Legend: T target positions, W width of the student's head, V vocabulary.
+Legend: T target positions, D hidden width, W width of the student's head, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 
 from tailcache.trainers.divergences import cross_entropy, forward_kl
+from tailcache.trainers.fused_head import fused_head
+from tailcache.trainers.linear_head import LinearHead
 from tailcache.trainers.tails import bucket, sampled
-from tailcache.trainers.terms import TeacherTerms, student_terms
+from tailcache.trainers.terms import StudentTerms, TeacherTerms, student_terms, terms_from_head
 
-__all__ = ["METRICS", "HeldOutSums", "kl_kind", "position_metrics"]
+__all__ = ["METRICS", "HeldOutSums", "kl_kind", "metrics_of_hidden", "metrics_of_logits"]
 
 METRICS = ("cross_entropy", "kl", "top1_agreement", "teacher_cross_entropy")
 
@@ -38,26 +40,45 @@ def kl_kind(*, top_k: int, vocab_size: int, num_samples: int) -> str:
 
 
 @torch.no_grad()
-def position_metrics(logits_TW: Tensor, teacher: TeacherTerms, next_tokens_T: Tensor) -> Tensor:
+def _position_metrics(student: StudentTerms, agrees_T: Tensor, teacher: TeacherTerms) -> Tensor:
     """The metrics of each position, in the order of ``METRICS``: [T, 4] float32.
 
     Args:
-      logits_TW: [T, W] the student's logits, W >= V.
+      student: terms of T positions.
+      agrees_T: [T] bool; the student's most likely token is the teacher's.
       teacher: the targets of the same positions.
-      next_tokens_T: [T] int64.
     """
     exact_or_sampled = not teacher.has_tail or teacher.num_samples > 0
-    student = student_terms(logits_TW, teacher, next_tokens_T, want_beyond=not exact_or_sampled)
-    best_T = logits_TW[:, : teacher.vocab_size].argmax(-1)
     return torch.stack(
         [
             cross_entropy(student),
             forward_kl(teacher, student, sampled if exact_or_sampled else bucket),
-            (best_T == teacher.token_ids[:, 0]).to(teacher.logprobs.dtype),
+            agrees_T.to(teacher.logprobs.dtype),
             -teacher.log_target,
         ],
         dim=-1,
     )
+
+
+@torch.no_grad()
+def metrics_of_hidden(hidden_TD: Tensor, head: LinearHead, teacher: TeacherTerms) -> Tensor:
+    """The metrics of each position from the student's hidden states: no [T, V] is made.
+
+    Args:
+      hidden_TD: [T, D] the head's input.
+      head: the student's.
+      teacher: the targets of the same positions.
+    """
+    terms = fused_head(hidden_TD, head, teacher)
+    others_T = torch.maximum(terms.gathered.amax(-1), terms.largest_rest)
+    return _position_metrics(terms_from_head(terms, teacher), terms.gathered[:, 0] >= others_T, teacher)
+
+
+@torch.no_grad()
+def metrics_of_logits(logits_TW: Tensor, teacher: TeacherTerms) -> Tensor:
+    """The metrics of each position from full logits, W >= V."""
+    best_T = logits_TW[:, : teacher.vocab_size].argmax(-1)
+    return _position_metrics(student_terms(logits_TW, teacher), best_T == teacher.token_ids[:, 0], teacher)
 
 
 @dataclass

@@ -1,126 +1,285 @@
-"""The training objective: which loss, which tail, which weights; per position, unreduced.
+"""The training objective: clm_weight * CLM + the weighted sum of some divergences, per position, unreduced.
 
-Legend: T target positions.
+``Objective`` is what the settings ask for, checked against what the cache holds. ``prepare`` makes of it, for one
+micro-batch, the functions that the fused head calls (``Prepared``).
+
+Legend: T target positions, c of them at a time, V vocabulary, W width of a head, D hidden width, P parts.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from tailcache.storage.errors import ConfigError
-from tailcache.trainers.divergences import cross_entropy, forward_kl
-from tailcache.trainers.tad import check_split, tad
-from tailcache.trainers.tails import check_tail, tail_function
-from tailcache.trainers.terms import StudentTerms, TeacherTerms
+from tailcache.storage.errors import ConfigError, StudentError
+from tailcache.trainers.linear_head import LinearHead
+from tailcache.trainers.loss_config import LossConfig
+from tailcache.trainers.parts import Part, Rows, clm, needs_rows, part_of
+from tailcache.trainers.soundness import Stored, check_sound, default_tail
+from tailcache.trainers.stored_head import hidden_states, stored_head, teacher_logits
+from tailcache.trainers.tad import check_split
+from tailcache.trainers.terms import StudentTerms, TeacherTerms, student_terms
 
 if TYPE_CHECKING:
     from tailcache.storage.reader import Teacher
+    from tailcache.trainers.batches import Batch
     from tailcache.trainers.config import TrainConfig
 
-__all__ = ["DEFAULT_SPLIT", "Objective"]
+__all__ = ["Aids", "Objective", "Prepared"]
 
-DEFAULT_SPLIT = 10
+COSINE = "hidden_cosine"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aids:
+    """What an objective needs of a teacher beside its targets, on the training device.
+
+    Attributes:
+      fills: [V] float32 weights by tail choice, "prior" and "uniform", those that are needed.
+      head: the teacher's head, where its own tail is needed.
+    """
+
+    fills: dict[str, Tensor]
+    head: LinearHead | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """clm_weight * CLM + divergence_weight * DIV of one position.
+    """What is trained on.
 
     Attributes:
-      loss: `clm` (no divergence), `kd` (forward KL) or `tad`.
-      tail: the tail choice, a name of ``tails.TAILS``.
-      top_k: TAD's split K'.
-      beta: TAD's beta.
-      min_mean_alpha: TAD's lower bound of the mean tail mass.
       clm_weight: weight of the cross-entropy.
-      divergence_weight: weight of the divergence.
+      losses: the divergences, each with its weight; their tail choices filled in.
+      stored: what the cache holds.
+      progress: of training, in [0, 1]; decides the values of schedules.
     """
 
-    loss: str = "tad"
-    tail: str = "sampled"
-    top_k: int = DEFAULT_SPLIT
-    beta: float = 2.0
-    min_mean_alpha: float = 0.0
     clm_weight: float = 1.0
-    divergence_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.loss not in ("clm", "kd", "tad"):
-            raise ConfigError(f"loss: expected one of clm, kd, tad; found {self.loss!r}")
-        tail_function(self.tail)
+    losses: tuple[LossConfig, ...] = ()
+    stored: Stored
+    progress: float = 0.0
 
     @classmethod
-    def from_config(cls, config: TrainConfig) -> Objective:
-        """The objective that the settings describe."""
-        return cls(
-            loss=config.loss,
-            tail=config.tail,
-            top_k=DEFAULT_SPLIT if config.top_k is None else config.top_k,
-            beta=config.beta,
-            min_mean_alpha=config.min_mean_alpha,
-            clm_weight=config.clm_weight,
-            divergence_weight=config.divergence_weight,
-        )
-
-    @property
-    def wants_beyond(self) -> bool:
-        """Whether it needs the student's mass beyond the stored top-K."""
-        return self.loss == "tad" or (self.loss == "kd" and self.tail == "bucket")
-
-    @property
-    def wants_prior(self) -> bool:
-        """Whether it needs the teacher's mean tail."""
-        return self.loss != "clm" and self.tail == "prior"
-
-    def check(self, teacher: Teacher) -> None:
-        """Refuse, before any training, what this teacher's targets cannot give.
-
-        Raises:
-          ConfigError: with the reason and what to choose instead.
-        """
-        if self.loss == "clm":
-            return
-        check_tail(
-            self.tail,
-            top_k=teacher.top_k,
-            vocab_size=teacher.vocab_size,
-            num_samples=teacher.num_samples,
-            mean_tail_V=teacher.mean_tail if self.tail == "prior" else None,
-        )
-        if self.loss == "tad":
-            check_split(self.top_k, teacher.top_k)
-
-    def parts(self, teacher: TeacherTerms, student: StudentTerms, segments_T: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The unweighted terms of each position.
+    def of(cls, clm_weight: float, losses: Sequence[LossConfig], teacher: Teacher) -> Objective:
+        """The objective that the settings describe, for this teacher.
 
         Args:
-          teacher: targets of whole segments.
-          student: terms of the same positions, with what ``wants_beyond`` and ``wants_prior`` say.
-          segments_T: [T] int64.
+          clm_weight: weight of the cross-entropy.
+          losses: the divergences; a tail choice that is not given becomes the loss's default.
+          teacher: an open teacher of a cache.
 
-        Returns:
-          CLM [T] and DIV [T] (None for `clm`), nats.
+        Raises:
+          ConfigError: it cannot be had from this cache, or would be wrong; with the reason and what to do.
         """
-        clm_T = cross_entropy(student)
-        if self.loss == "clm":
-            return clm_T, None
-        tail = tail_function(self.tail)
-        if self.loss == "kd":
-            return clm_T, forward_kl(teacher, student, tail)
-        return clm_T, tad(
-            teacher,
-            student,
-            tail,
-            top_k=self.top_k,
-            beta=self.beta,
-            segments_T=segments_T,
-            min_mean_alpha=self.min_mean_alpha,
-        )
+        # The cosine is no function of the two distributions and is added last.
+        ordered = sorted(losses, key=lambda each: each.name == COSINE)
+        if sum(each.name == COSINE for each in ordered) > 1:
+            raise ConfigError(
+                f"losses: expected {COSINE} once, since it has no parameter but its weight; found it twice"
+            )
+        filled = tuple(replace(each, tail=_tail(each)) for each in ordered)
+        stored = stored_by(teacher, mean_tail=any(each.tail == "prior" for each in filled))
+        for each in filled:
+            tail = "sampled" if each.name == "rs_kd" else each.tail
+            check_sound(each.name, tail, each.temperature, stored, skew=each.skew, wraps=each.wraps)
+            if each.name == "tad":
+                for progress in (0.0, 1.0):
+                    check_split(each.split.whole_at(progress), stored.top_k)
+        return cls(clm_weight=clm_weight, losses=filled, stored=stored)
 
-    def total(self, clm: Tensor, divergence: Tensor | None) -> Tensor:
-        """The weighted sum of the two terms, of whatever shape."""
-        total = self.clm_weight * clm
-        return total if divergence is None else total + self.divergence_weight * divergence
+    @classmethod
+    def from_config(cls, config: TrainConfig, teacher: Teacher) -> Objective:
+        """The objective of a run; see ``of``."""
+        return cls.of(config.clm_weight, config.divergences, teacher)
+
+    def at(self, progress: float) -> Objective:
+        """The same objective with its schedules at another progress in [0, 1]."""
+        return replace(self, progress=progress)
+
+    # ---- what it needs ----
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """The optional fields of the cache that it reads."""
+        hidden = self.has_cosine or any(_effective(each, self.stored) == "exact" for each in self.losses)
+        return ("log_z_tail",) * bool(self.temperatures and self.stored.temperatures) + ("hidden",) * hidden
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """The further temperatures at which the student's terms are needed."""
+        found = {
+            e.temperature for e in self.losses if e.temperature != 1.0 and not needs_rows(e, _effective(e, self.stored))
+        }
+        return tuple(sorted(found))
+
+    @property
+    def dense(self) -> bool:
+        """Whether it needs whole rows of logits."""
+        return self.num_dense > 0
+
+    @property
+    def num_dense(self) -> int:
+        """How many of its divergences need whole rows of logits."""
+        return sum(needs_rows(each, _effective(each, self.stored)) for each in self.losses)
+
+    @property
+    def has_cosine(self) -> bool:
+        """Whether it compares hidden states."""
+        return any(each.name == COSINE for each in self.losses)
+
+    def check_student(self, head: LinearHead | str, teacher: Teacher) -> None:
+        """Refuse a student whose hidden states cannot be compared with the teacher's, if they are to be.
+
+        Args:
+          head: the student's, or why it is not linear.
+          teacher: whose hidden states they are.
+
+        Raises:
+          StudentError: with both widths.
+        """
+        if not self.has_cosine:
+            return
+        if isinstance(head, str):
+            raise StudentError(
+                f"loss {COSINE!r}: expected a student whose head is a linear layer, since its input is what is "
+                f"compared; found that {head}"
+            )
+        if head.weight.shape[1] != teacher.hidden_width:
+            raise StudentError(
+                f"loss {COSINE!r}: expected a student with hidden states of the teacher's width, "
+                f"{teacher.hidden_width}, found {head.weight.shape[1]}; choose --student.hidden-size "
+                f"{teacher.hidden_width} or drop this loss"
+            )
+
+    def aids(self, teacher: Teacher, device: torch.device) -> Aids:
+        """What it needs of a teacher beside its targets; read once."""
+        tails = {_effective(each, self.stored) for each in self.losses}
+        fills = {}
+        if "prior" in tails:
+            fills["prior"] = torch.from_numpy(np.asarray(teacher.mean_tail, dtype=np.float32)).to(device)
+        if "uniform" in tails:
+            fills["uniform"] = torch.ones(teacher.vocab_size, device=device)
+        return Aids(fills=fills, head=stored_head(teacher.head(), device) if "exact" in tails else None)
+
+    # ---- what it is called ----
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The parts by name: "clm", then "divergence" for a single one, else each divergence's own, numbered if
+        repeated."""
+        if len(self.losses) == 1:
+            return ("clm", "divergence")
+        found = ["clm"]
+        for each in self.losses:
+            count = sum(name.partition("#")[0] == each.name for name in found)
+            found.append(f"{each.name}#{count + 1}" if count else each.name)
+        return tuple(found)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weight of each part, in the order of ``names``."""
+        return (self.clm_weight, *(each.weight for each in self.losses))
+
+    @property
+    def scheduled(self) -> dict[str, float]:
+        """TAD's beta and K' as they are now; prefixed with the part's name where there are several parts."""
+        now: dict[str, float] = {}
+        for name, each in zip(self.names[1:], self.losses, strict=True):
+            if each.name == "tad":
+                prefix = "" if len(self.losses) == 1 else f"{name}_"
+                now[f"{prefix}beta"] = each.tail_weight.at(self.progress)
+                now[f"{prefix}top_k"] = each.split.whole_at(self.progress)
+        return now
+
+    # ---- its value ----
+
+    def prepare(self, teacher: TeacherTerms, batch: Batch, aids: Aids, *, seed: tuple[int, ...] = (0,)) -> Prepared:
+        """Its parts for one micro-batch; what the teacher alone decides is worked out.
+
+        Args:
+          teacher: the targets of the batch, of whole rows.
+          batch: of ``batches.collate``.
+          aids: from ``aids``.
+          seed: of RS-KD's draws.
+        """
+        parts: list[Part] = [clm]
+        for each in self.losses:
+            if each.name != COSINE:
+                parts.append(
+                    part_of(
+                        each,
+                        _effective(each, self.stored),
+                        teacher,
+                        segments_T=batch["segments"],
+                        rows_T=batch["rows"],
+                        progress=self.progress,
+                        seed=seed,
+                    )
+                )
+        hidden = hidden_states(batch["teacher"]) if "hidden" in self.optional else None
+        return Prepared(tuple(parts), teacher, aids, self.temperatures, hidden)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The parts of one micro-batch but the cosine, as functions of some of its positions.
+
+    Attributes:
+      parts: one function each.
+      teacher: the targets of all T positions.
+      aids: fills and the teacher's head.
+      temperatures: the further ones at which the student's terms are needed.
+      hidden_TD: the teacher's hidden states, where they are needed.
+    """
+
+    parts: tuple[Part, ...]
+    teacher: TeacherTerms
+    aids: Aids
+    temperatures: tuple[float, ...] = ()
+    hidden_TD: Tensor | None = None
+
+    def of_terms(self, rows: slice, teacher: TeacherTerms, student: StudentTerms) -> Tensor:
+        """[c, P] from the terms of some positions; not for an objective that is ``dense``."""
+        return torch.stack([part(rows, teacher, student, None) for part in self.parts], dim=-1)
+
+    def of_logits(self, rows: slice, logits_cW: Tensor) -> Tensor:
+        """[c, P] from the student's whole rows of logits at some positions."""
+        teacher, fills = self.teacher.rows(rows), dict(self.aids.fills)
+        logits_cV = logits_cW[:, : teacher.vocab_size]
+        own_cV = None
+        if self.aids.head is not None and self.hidden_TD is not None:
+            own_cV = torch.log_softmax(teacher_logits(self.hidden_TD[rows], self.aids.head), dim=-1)
+            fills["exact"] = own_cV.exp()
+        student = student_terms(logits_cV, teacher, fills=fills, temperatures=self.temperatures)
+        whole = Rows(logits_cV, teacher, self.aids.fills, own_cV)
+        return torch.stack([part(rows, teacher, student, whole) for part in self.parts], dim=-1)
+
+
+def stored_by(teacher: Teacher, *, mean_tail: bool) -> Stored:
+    """What a teacher's cache holds; the mean tail is read only if it is asked for."""
+    return Stored(
+        top_k=teacher.top_k,
+        vocab_size=teacher.vocab_size,
+        num_samples=teacher.num_samples,
+        temperatures=tuple(teacher.temperatures),
+        hidden_kind=getattr(teacher, "hidden_kind", "none"),
+        mean_tail_support=int(np.count_nonzero(teacher.mean_tail)) if mean_tail else 0,
+    )
+
+
+def _tail(loss: LossConfig) -> Any:
+    if loss.name == "rs_kd":  # it has no choice, and so no such parameter
+        return None
+    wrapped = loss.wraps if loss.name == "atkd" and loss.wraps != "dkd" else loss.name
+    return loss.tail or default_tail(wrapped, loss.temperature)
+
+
+def _effective(loss: LossConfig, stored: Stored) -> str | None:
+    """The tail choice; with every id stored all are the same, and `bucket` asks for nothing."""
+    return loss.tail if stored.has_tail or loss.tail is None else "bucket"

@@ -42,6 +42,7 @@ _FREE = {
     "out",
     "device",
     "threads",
+    "head_mode",
     "eval_every",
     "eval_rows",
     "save_every",
@@ -59,6 +60,8 @@ def resolved(config: Any) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, tuple | list):
+            return [plain(each) for each in value]
         return str(value) if isinstance(value, Path) else value
 
     result = plain(config)

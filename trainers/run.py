@@ -16,6 +16,7 @@ from tailcache.storage import durable
 from tailcache.storage.errors import ConfigError, NotFoundError
 from tailcache.storage.reader import Cache, Teacher, open_cache
 from tailcache.trainers.distill import DistillTrainer, training_arguments
+from tailcache.trainers.loss_config import parameters_of
 from tailcache.trainers.objective import Objective
 from tailcache.trainers.records import (
     RECORD,
@@ -25,6 +26,7 @@ from tailcache.trainers.records import (
     refuse_existing,
     resolved,
 )
+from tailcache.trainers.schedules import Schedule
 from tailcache.trainers.student import Student, build_student
 
 if TYPE_CHECKING:
@@ -68,13 +70,12 @@ def train(config: TrainConfig) -> DistillTrainer | None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     teacher = choose_teacher(open_cache(config.cache), config.teacher)
-    objective = Objective.from_config(config)
-    objective.check(teacher)
+    objective = Objective.from_config(config, teacher)
     args = training_arguments(config)
     record = {
         "format": "tailcache student",
         "format_version": 1,
-        "config": {**resolved(config), "top_k": objective.top_k if config.loss == "tad" else None},
+        "config": _resolved(config, objective),
         "corpus_hash": teacher.corpus.hash,
         "teacher": teacher.name,
         "teacher_hash": teacher.hash,
@@ -102,6 +103,7 @@ def train(config: TrainConfig) -> DistillTrainer | None:
         teacher=teacher,
         objective=objective,
         layout=layout,
+        head_mode=config.head_mode,
         held_out_rows=held_out[: config.eval_rows],
         record=record,
     )
@@ -124,6 +126,55 @@ def train(config: TrainConfig) -> DistillTrainer | None:
     return trainer
 
 
+def _resolved(config: TrainConfig, objective: Objective) -> dict[str, Any]:
+    """The settings with defaults filled in, those of the losses with what this teacher makes of them."""
+    record = resolved(config)
+    losses = [resolved(each) | {"top_k": each.split.start if each.name == "tad" else None} for each in objective.losses]
+    if config.losses:
+        return {**record, "losses": losses}
+    filled = {name: value for name, value in losses[0].items() if name in record} if losses else {}
+    return {**record, **filled, "loss": config.loss_name}
+
+
+def _loss_line(trainer: DistillTrainer) -> str:
+    """The loss in words, e.g. `cross-entropy + TAD from teacher 'a', K' = 10 of 64, beta 2, tail sampled`."""
+    objective = trainer.objective
+    parts = [f"{_weight(objective.clm_weight)}cross-entropy"] if objective.clm_weight else []
+    for each in objective.losses:
+        details = [f"{_weight(each.weight)}{each.name}"]
+        if each.name == "tad":
+            details.append(f"K' = {_course(each.split)} of {trainer.teacher.top_k}")
+            details.append(f"beta {_course(each.tail_weight)}")
+        own = [f"{name} {getattr(each, name)}" for name in parameters_of(each.name, each.wraps) if name in _SAID]
+        parts.append(", ".join([*details, *own, *([f"tail {each.tail}"] if each.tail else [])]))
+    line = " + ".join(parts)
+    return f"{line}; teacher {trainer.teacher.name!r}" if objective.losses else line
+
+
+_SAID = (
+    "temperature",
+    "mixture",
+    "skew",
+    "target_weight",
+    "non_target_weight",
+    "hard_ratio",
+    "easy_weight",
+    "wraps",
+    "num_draws",
+    "power",
+)
+
+
+def _weight(weight: float) -> str:
+    return "" if weight == 1 else f"{weight:g} "
+
+
+def _course(schedule: Schedule) -> str:
+    if schedule.shape == "constant":
+        return f"{schedule.start:g}"
+    return f"{schedule.start:g} to {schedule.end:g} ({schedule.shape})"
+
+
 def _finished(out: Path, record: dict[str, Any]) -> bool:
     """Whether OUT holds this very run, finished; refuses another one's."""
     found = check_resumable(out, record)
@@ -142,23 +193,20 @@ def _described(student: Student) -> dict[str, Any]:
 
 def _introduction(config: TrainConfig, trainer: DistillTrainer, student: Student, checkpoint: Path | None) -> list[str]:
     """What is about to happen, in a few lines."""
-    corpus, objective = trainer.teacher.corpus, trainer.objective
+    corpus = trainer.teacher.corpus
     parameters = sum(p.numel() for p in student.model.parameters())
-    parts = {
-        "clm": "cross-entropy",
-        "kd": f"cross-entropy + KL from teacher {trainer.teacher.name!r}, tail {objective.tail}",
-        "tad": (
-            f"cross-entropy + TAD from teacher {trainer.teacher.name!r}, K' = {objective.top_k} of "
-            f"{trainer.teacher.top_k}, beta {objective.beta:g}, tail {objective.tail}"
-        ),
-    }
     lines = [
         f"student: {type(student.model).__name__}, {parameters:,} parameters, {config.precision}",
-        f"loss: {parts[objective.loss]}",
+        f"loss: {_loss_line(trainer)}",
         f"data: {len(trainer.sampler):,} rows for training and {len(trainer.held_out):,} held out, of "
         f"{corpus.num_targets:,} target positions in all",
         *(f"note: {note}" for note in student.notes),
     ]
+    if trainer.why_full_logits is not None:
+        lines.append(
+            "note: the loss is worked out from full logits, which takes more memory and time: "
+            f"{trainer.why_full_logits}"
+        )
     if len(trainer.held_out) == 0:
         lines.append("note: the corpus has no held-out rows, so nothing is evaluated")
     if checkpoint is not None:
