@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from tailcache.storage.errors import MismatchError
-from tailcache.trainers.linear_head import BUFFER_BYTES, VOCABULARY_TILE, LinearHead, LogitTiles, tiles_of
+from tailcache.trainers.linear_head import LinearHead, LogitTiles, buffer_bytes, vocabulary_tiles
 from tailcache.trainers.products import add_product, compute_dtype, product, wide_dtype
 from tailcache.trainers.terms import HeadTerms, TeacherTerms, fill_masses, wanted_ids
 
@@ -154,9 +154,9 @@ class _Places:
         return place, place // self._width, self._ids[part] - tile.start
 
 
-def _tile_width(num_positions: int, device: torch.device) -> int:
-    budget = BUFFER_BYTES.get(device.type, 512 << 20)
-    return max(128, min(VOCABULARY_TILE, budget // (16 * max(1, num_positions))))
+def _tiles(vocab_size: int, hidden: Tensor) -> list[slice]:
+    """Tiles whose logits, with some tensors of their size, fit the buffer."""
+    return vocabulary_tiles(vocab_size, buffer_bytes(hidden.device) // (16 * max(1, len(hidden))))
 
 
 @torch.library.custom_op("tailcache::head_terms", mutates_args=())
@@ -176,7 +176,7 @@ def _head_terms(
     """Log-sums [T, n] and largest logits [T] of the rest, gathered logits [T, G], sums under the fills [T, F]."""
     logits = LogitTiles(weight, bias, vocab_size, scale, soft_cap or None, dtype)
     wide, num = wide_dtype(dtype), hidden.shape[0]
-    tiles = list(tiles_of(vocab_size, _tile_width(num, hidden.device)))
+    tiles, factors_TD = _tiles(vocab_size, hidden), hidden.to(dtype)
     excluded_places, gathered_places = _Places(excluded, tiles), _Places(gathered, tiles)
     largest_T = hidden.new_full((num,), -torch.inf, dtype=wide)
     sums_Tn = hidden.new_zeros((num, len(temperatures)), dtype=wide)
@@ -184,7 +184,7 @@ def _head_terms(
     fill_sums_TF = hidden.new_zeros((num, fills.shape[0]), dtype=wide)
     rates = hidden.new_tensor(temperatures, dtype=wide)
     for index, tile in enumerate(tiles):
-        tile_Tv = logits.tile(hidden, tile)
+        tile_Tv = logits.tile(factors_TD, tile)
         place, row, column = gathered_places.of(index, tile)
         gathered_TG.view(-1)[place] = tile_Tv[row, column]
         _, row, column = excluded_places.of(index, tile)
@@ -245,8 +245,8 @@ def _head_terms_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden states [T, D], weight [W, D] and bias [W]; empty where not needed."""
     logits = LogitTiles(weight, bias, vocab_size, scale, soft_cap or None, dtype)
-    wide, num = wide_dtype(dtype), hidden.shape[0]
-    tiles = list(tiles_of(vocab_size, _tile_width(num, hidden.device)))
+    wide = wide_dtype(dtype)
+    tiles, factors_TD = _tiles(vocab_size, hidden), hidden.to(dtype)
     excluded_places, gathered_places = _Places(excluded, tiles), _Places(gathered, tiles)
     hidden_needed, weight_needed, bias_needed = needed
     hidden_TD = hidden.new_zeros(hidden.shape if hidden_needed else (0,), dtype=wide)
@@ -255,7 +255,7 @@ def _head_terms_backward(
     offset_T1 = largest.masked_fill(largest == -torch.inf, 0.0)[:, None]
     factors_Tn = sum_factors(grad_sums, log_sums.exp(), temperatures)
     for index, tile in enumerate(tiles):
-        tile_Tv = logits.tile(hidden, tile)
+        tile_Tv = logits.tile(factors_TD, tile)
         slope_Tv = logits.slope(tile_Tv)
         _, row, column = excluded_places.of(index, tile)
         tile_Tv[row, column] = -torch.inf
@@ -277,9 +277,9 @@ def _head_terms_backward(
         if scale != 1.0:
             grad_Tv.mul_(scale)
         if hidden_needed:
-            add_product(hidden_TD, grad_Tv, logits.weight_VD[tile], dtype)
+            add_product(hidden_TD, grad_Tv, logits.weight(tile), dtype)
         if weight_needed:
-            weight_WD[tile] = product(grad_Tv.t(), hidden, dtype).to(weight.dtype)
+            weight_WD[tile] = product(grad_Tv.t(), factors_TD, dtype).to(weight.dtype)
         if bias_needed:
             bias_W[tile] = grad_Tv.sum(0)
     return hidden_TD.to(hidden.dtype), weight_WD, bias_W.to(weight.dtype if bias is None else bias.dtype)

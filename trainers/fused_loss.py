@@ -34,7 +34,7 @@ from tailcache.trainers.fused_head import (
     rest_masses,
     sum_factors,
 )
-from tailcache.trainers.linear_head import BUFFER_BYTES, VOCABULARY_TILE, LinearHead, LogitTiles, tiles_of
+from tailcache.trainers.linear_head import LinearHead, LogitTiles, buffer_bytes, tiles_of, vocabulary_tiles
 from tailcache.trainers.products import add_product, compute_dtype, wide_dtype
 from tailcache.trainers.terms import HeadTerms, StudentTerms, TeacherTerms, terms_from_head, wanted_ids
 
@@ -179,7 +179,7 @@ class _Reduced:
         offset_c1 = self._largest_c.masked_fill(self._largest_c == -torch.inf, 0.0)[:, None]
         self._exponentials = [logits_cV, *(torch.empty_like(logits_cV) for _ in temperatures)]
         self._sums_cn = logits_cV.new_zeros((len(logits_cV), len(self._temperatures)))
-        for tile in tiles_of(logits_cV.shape[1], VOCABULARY_TILE):
+        for tile in vocabulary_tiles(logits_cV.shape[1]):
             shifted_cv = logits_cV[:, tile].sub_(offset_c1)
             for at, temperature in enumerate(temperatures, start=1):
                 further_cv = torch.div(shifted_cv, temperature, out=self._exponentials[at][:, tile])
@@ -211,7 +211,7 @@ class _Reduced:
 
 def piece_height(device: torch.device, row_bytes: int, most: int) -> int:
     """Positions whose whole rows of logits exist at a time."""
-    return max(1, min(most, BUFFER_BYTES.get(device.type, 512 << 20) // row_bytes))
+    return max(1, min(most, buffer_bytes(device) // row_bytes))
 
 
 def _run(
@@ -245,7 +245,7 @@ class _OnePass(torch.autograd.Function):
         wanted = hidden_needed or weight_needed or bias_needed
         wide, device, num = wide_dtype(dtype), hidden_TD.device, len(hidden_TD)
         logits = LogitTiles(weight, bias, head.vocab_size, head.scale, head.soft_cap, dtype)
-        tiles = list(tiles_of(head.vocab_size, VOCABULARY_TILE))
+        tiles, factors_TD = vocabulary_tiles(head.vocab_size), hidden_TD.to(dtype)
         weight_sums = _TiledSum(weight, tiles, wide) if weight_needed else None
         hidden_sum = torch.zeros_like(hidden_TD, dtype=wide) if hidden_needed else None
         bias_sum = torch.zeros(len(weight), dtype=wide, device=device) if bias_needed else None
@@ -254,7 +254,7 @@ class _OnePass(torch.autograd.Function):
         buffer = torch.empty((height, head.vocab_size), dtype=wide, device=device)
         with torch.autocast(device_type=device.type, enabled=False):
             for rows in tiles_of(num, height):
-                hidden_cD, logits_cV = hidden_TD[rows], buffer[: rows.stop - rows.start]
+                hidden_cD, logits_cV = factors_TD[rows], buffer[: rows.stop - rows.start]
                 for tile in tiles:
                     logits_cV[:, tile] = logits.tile(hidden_cD, tile)
                 slope_cV = logits.slope(logits_cV) if wanted else None
@@ -268,7 +268,7 @@ class _OnePass(torch.autograd.Function):
                     gradient_cV.mul_(head.scale)
                 for index, tile in enumerate(tiles):
                     if hidden_sum is not None:
-                        add_product(hidden_sum[rows], gradient_cV[:, tile], logits.weight_VD[tile], dtype)
+                        add_product(hidden_sum[rows], gradient_cV[:, tile], logits.weight(tile), dtype)
                     if weight_sums is not None:
                         add_product(weight_sums.tiles[index], gradient_cV[:, tile].t(), hidden_cD, dtype)
                 if bias_sum is not None:

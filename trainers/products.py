@@ -2,7 +2,10 @@
 
 A product of 16-bit matrices that is also rounded to 16 bits puts an error of a few percent on the mass of the tail.
 On a GPU there is a product that is not rounded. On a CPU there is none, but float32 copies of bfloat16 values can be
-multiplied at bfloat16 speed; callers hand over tiles, so that the copies stay in the cache.
+multiplied at bfloat16 speed where the CPU has units for it; callers hand over tiles, so that the copies stay in the
+cache. Autocast has no say in here: it would round the results.
+
+Legend: M, N, P the sizes of a product [M, N] times [N, P].
 """
 
 from __future__ import annotations
@@ -18,7 +21,15 @@ __all__ = ["add_product", "compute_dtype", "product", "wide_dtype"]
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The type that the factors of the head are rounded to: the autocast's, or the wider of the two."""
+    """The type that the factors of the head are rounded to.
+
+    Args:
+      hidden: of any float type; its device decides which autocast is asked.
+      weight: of any float type.
+
+    Returns:
+      The autocast's type where it is on and neither is float64; or else the wider of the two.
+    """
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and torch.float64 not in (hidden.dtype, weight.dtype):
         return torch.get_autocast_dtype(device)
@@ -32,7 +43,10 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @contextlib.contextmanager
 def _bf16_factors() -> Iterator[None]:
-    """On a CPU, multiply float32 copies of bfloat16 values at bfloat16 speed; the sums stay float32."""
+    """On a CPU, let float32 matrices be multiplied as bfloat16 ones; the sums stay float32.
+
+    A setting of the process, put back at once: float32 products that another thread starts meanwhile may be rounded.
+    """
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
@@ -43,30 +57,43 @@ def _bf16_factors() -> Iterator[None]:
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """A times b: factors rounded to `dtype`, summed and returned in ``wide_dtype(dtype)``.
+    """A times b, summed and returned in ``wide_dtype(dtype)``.
 
     Args:
       a: [M, N] of any float type.
-      b: [N, P].
-      dtype: of the factors.
+      b: [N, P], on the same device.
+      dtype: what the factors are rounded to. But bfloat16 on a CPU is what they *may* be rounded to: wider factors are
+        only where the CPU has units for bfloat16. Who wants the same result on every CPU rounds them before.
 
     Returns:
-      [M, P].
+      [M, P], a tensor of its own.
+
+    Cost: a copy of each factor that is not in the type of the units.
     """
     wide = wide_dtype(dtype)
-    if dtype == wide:
-        return torch.mm(a.to(wide), b.to(wide))
-    if a.device.type == "cuda":
-        result: Tensor = torch.mm(a.to(dtype), b.to(dtype), out_dtype=wide)
-        return result
-    if dtype == torch.bfloat16 and a.device.type == "cpu":
-        with _bf16_factors():  # rounds both factors to bfloat16 itself
+    with torch.autocast(device_type=a.device.type, enabled=False):
+        if dtype == wide:
             return torch.mm(a.to(wide), b.to(wide))
-    return torch.mm(a.to(dtype).to(wide), b.to(dtype).to(wide))
+        if a.device.type == "cuda":
+            result: Tensor = torch.mm(a.to(dtype), b.to(dtype), out_dtype=wide)
+            return result
+        if dtype == torch.bfloat16 and a.device.type == "cpu":
+            with _bf16_factors():
+                return torch.mm(a.to(wide), b.to(wide))
+        return torch.mm(a.to(dtype).to(wide), b.to(dtype).to(wide))
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
-    """Add a times b to `total`, [M, P] of ``wide_dtype(dtype)``, in place."""
+    """Add ``product(a, b, dtype)`` to a sum, in place.
+
+    Args:
+      total: [M, P] of ``wide_dtype(dtype)``.
+      a: [M, N]; see ``product``.
+      b: [N, P].
+      dtype: see ``product``.
+
+    Cost: as ``product``, and on a GPU, in 16 bits, one more [M, P].
+    """
     wide = wide_dtype(dtype)
     if dtype == wide:
         total.addmm_(a.to(wide), b.to(wide))
