@@ -54,28 +54,50 @@ def restricted(pi: Vector, ids: Sequence[int]) -> dict[int, float]:
     return {i: pi[i] / total for i in ids}
 
 
+def seen(choice: str, p: Vector, stored: Sequence[int]) -> list[float]:
+    """The teacher that a tail choice leaves: for drop and renormalise nothing beyond the stored ids."""
+    if choice not in ("drop", "renormalise"):
+        return list(p)
+    scale = mass(p, stored) if choice == "renormalise" else 1.0
+    kept = set(stored)
+    return [p_i / scale if i in kept else 0.0 for i, p_i in enumerate(p)]
+
+
 def tail_cross_weights(
-    choice: str, p: Vector, q: Vector, stored: Sequence[int], samples: Sequence[int], pi: Vector | None
+    choice: str,
+    p: Vector,
+    q: Vector,
+    stored: Sequence[int],
+    samples: Sequence[int] = (),
+    pi: Vector | None = None,
+    without: Sequence[int] = (),
 ) -> dict[int, float]:
     """The tail choice as weights on the ids beyond the stored ones: what stands for p there, frozen.
 
     Its gradient is that of the dense loss with these in the place of p: for the bucket, alpha spread as q is.
+    `without` are ids that are known and taken out of the tail (DKD's true token).
     """
     beyond = others(len(p), stored)
     alpha = mass(p, beyond)
-    if not beyond:
-        return {}
+    rest = [i for i in beyond if i not in set(without)]
+    rho = mass(p, rest)
+    if not rest or choice in ("exact", "drop", "renormalise"):
+        kept = seen(choice, p, stored)
+        return {i: kept[i] for i in rest}
     if choice == "bucket":
-        alpha_s = mass(q, beyond)
-        return {i: alpha * q[i] / alpha_s for i in beyond}
+        rho_s = mass(q, rest)
+        return {i: rho * q[i] / rho_s for i in rest}
     if choice == "sampled":
-        weights = dict.fromkeys(beyond, 0.0)
+        weights = dict.fromkeys(rest, 0.0)
         for s in samples:
-            weights[s] += alpha / len(samples)
+            if s in weights:
+                weights[s] += alpha / len(samples)
         return weights
+    if choice == "uniform":
+        return dict.fromkeys(rest, rho / len(rest))
     if choice == "prior":
         assert pi is not None
-        return {i: alpha * share for i, share in restricted(pi, beyond).items()}
+        return {i: rho * share for i, share in restricted(pi, rest).items()}
     raise AssertionError(choice)
 
 
@@ -88,6 +110,7 @@ def kl_with_tail(
     pi: Vector | None = None,
 ) -> float:
     """KL(p||q) from what a cache stores: exact on the stored ids, the choice beyond them."""
+    p = seen(choice, p, stored)
     beyond = others(len(p), stored)
     value = 0.0
     for i in stored:
@@ -134,11 +157,12 @@ def tad_with_tail(
 ) -> float:
     """TAD split at K' from a cache that stores K >= K': ranks K'+1..K exact, the choice beyond K."""
     stored = top_ids(p, stored_top_k)
+    p = seen(choice, p, stored)
     head = stored[:top_k]
     tail, beyond = others(len(p), head), others(len(p), stored)
     alpha, alpha_s = mass(p, tail), mass(q, tail)
     value = math.fsum(p[i] * math.log(p[i] / q[i]) for i in head if p[i] > 0)
-    if not tail:
+    if alpha == 0:
         return value
     value += alpha * math.log(alpha / alpha_s)
     kl2 = 0.0
@@ -163,7 +187,8 @@ def beta_x(alphas: Vector, segments: Sequence[int], beta: float, min_mean_alpha:
     for segment in segments:
         of_segment = [a for a, s in zip(alphas, segments, strict=True) if s == segment]
         mean = math.fsum(of_segment) / len(of_segment)
-        values.append(beta / max(mean, min_mean_alpha))
+        floor = max(mean, min_mean_alpha)
+        values.append(beta / floor if mean > 0 else 1.0)  # no tail at all: it multiplies nothing
     return values
 
 
@@ -172,20 +197,18 @@ def cross_entropy_gradient(q: Vector, y: int) -> list[float]:
 
 
 def kl_gradient(p_hat: Vector, q: Vector) -> list[float]:
-    """q - p (with what stands for p)."""
-    return [q_i - p_i for p_i, q_i in zip(p_hat, q, strict=True)]
+    """q - p (with what stands for p); (sum p) q - p where that does not sum to 1."""
+    total = math.fsum(p_hat)
+    return [total * q_i - p_i for p_i, q_i in zip(p_hat, q, strict=True)]
 
 
 def tad_gradient(p_hat: Vector, q: Vector, head: Sequence[int], beta_x: float) -> list[float]:
     """Eq. 6: q - p on the head, q - p + (beta(X) - 1)(q alpha / alpha_S - p) on the tail."""
     tail = set(others(len(q), head))
     alpha, alpha_s = mass(p_hat, list(tail)), mass(q, list(tail))
-    gradient = []
-    for i, (p_i, q_i) in enumerate(zip(p_hat, q, strict=True)):
-        value = q_i - p_i
-        if i in tail:
-            value += (beta_x - 1) * (q_i * alpha / alpha_s - p_i)
-        gradient.append(value)
+    gradient = kl_gradient(p_hat, q)
+    for i in tail:
+        gradient[i] += (beta_x - 1) * (q[i] * alpha / alpha_s - p_hat[i])
     return gradient
 
 
@@ -195,7 +218,199 @@ def with_tail_weights(p: Vector, stored: Sequence[int], weights: dict[int, float
     return [p[i] if i in kept else weights[i] for i in range(len(p))]
 
 
+def p_hat(
+    choice: str,
+    p: Vector,
+    q: Vector,
+    stored: Sequence[int],
+    samples: Sequence[int] = (),
+    pi: Vector | None = None,
+) -> list[float]:
+    """What stands for p under a tail choice, over the whole vocabulary."""
+    weights = tail_cross_weights(choice, p, q, stored, samples, pi)
+    return with_tail_weights(seen(choice, p, stored), stored, weights)
+
+
 def beta_for_cache(p: Sequence[Vector], top_k: int, segments: Sequence[int], beta: float) -> list[float]:
-    """beta(X) from full distributions: alpha is the mass off each position's top K'."""
+    """beta(X) from full distributions: alpha is the mass off each position's top K'; 1 where a segment has none."""
     alphas = [mass(row, others(len(row), top_ids(row, top_k))) for row in p]
     return beta_x(alphas, segments, beta)
+
+
+# -- atoms: losses that are not linear in the tail ---------------------------------------------------------------
+
+Atoms = list[tuple[float, list[int]]]
+"""Each atom's teacher mass, and its ids."""
+
+
+def atoms(choice: str, p: Vector, stored: Sequence[int], pi: Vector | None = None) -> Atoms:
+    """The atoms of a tail choice."""
+    if choice in ("bucket", "renormalise"):
+        p = seen(choice, p, stored)
+        beyond = others(len(p), stored)
+        tail: Atoms = [(mass(p, beyond), beyond)] if beyond else []
+        return [(p[i], [i]) for i in stored] + tail
+    if choice == "drop":
+        return [(p[i], [i]) for i in stored]
+    stand_in = p_hat(choice, p, p, stored, (), pi)
+    return [(p_i, [i]) for i, p_i in enumerate(stand_in)]
+
+
+def tempered_atoms(choice: str, p: Vector, stored: Sequence[int], temperature: float) -> Atoms:
+    """The atoms of p^(1/tau) / Z, Z over the whole vocabulary (over the stored ids for renormalise)."""
+    powers = [p_i ** (1 / temperature) for p_i in p]
+    total = mass(powers, stored) if choice == "renormalise" else math.fsum(powers)
+    return atoms("drop" if choice == "renormalise" else choice, [w / total for w in powers], stored)
+
+
+def divergence(name: str, p: float, q: float, weight: float) -> tuple[float, float]:
+    """One atom's term of a divergence, and its derivative with respect to q."""
+    if q == 0:
+        return (0.0, 0.0)  # an atom that both lack
+    if name == "kl":
+        return (p * math.log(p / q), -p / q) if p > 0 else (0.0, 0.0)
+    if name == "reverse_kl":
+        return q * math.log(q / p), math.log(q / p) + 1
+    if name == "jsd":
+        m = weight * p + (1 - weight) * q
+        from_p = weight * p * math.log(p / m) if p > 0 else 0.0
+        value = from_p + (1 - weight) * q * math.log(q / m)
+        slope = -weight * p * (1 - weight) / m + (1 - weight) * (math.log(q / m) + 1 - q * (1 - weight) / m)
+        return value, slope
+    if name == "skew_kl":
+        m = weight * p + (1 - weight) * q
+        return (p * math.log(p / m), -p * (1 - weight) / m) if p > 0 else (0.0, 0.0)
+    if name == "skew_reverse_kl":
+        m = (1 - weight) * p + weight * q
+        return q * math.log(q / m), math.log(q / m) + 1 - weight * q / m
+    if name == "todi":
+        w = p / (p + q)
+        value = w * p * math.log(p / q) + (1 - w) * q * math.log(q / p)
+        return value, -w * p / q + (1 - w) * (math.log(q / p) + 1)
+    raise AssertionError(name)
+
+
+def atom_loss(name: str, teacher: Atoms, q: Vector, weight: float = 0.0) -> tuple[float, list[float]]:
+    """A divergence over atoms and its gradient with respect to the student's logits.
+
+    dq_a/dz_i = q_i ([i in a] - q_a), so dL/dz_i = q_i (slope of i's atom - sum over atoms of q_a slope_a).
+    """
+    value, mean_slope = 0.0, 0.0
+    slopes = [0.0] * len(q)
+    for p_a, ids in teacher:
+        q_a = mass(q, ids)
+        term, slope = divergence(name, p_a, q_a, weight)
+        value += term
+        mean_slope += q_a * slope
+        for i in ids:
+            slopes[i] = slope
+    return value, [q_i * (slope - mean_slope) for q_i, slope in zip(q, slopes, strict=True)]
+
+
+def jeffreys(p: Vector, q: Vector) -> float:
+    return forward_kl(p, q) + forward_kl(q, p)
+
+
+# -- decoupled losses ----------------------------------------------------------------------------------------------
+
+
+def tckd(p: Vector, q: Vector, y: int) -> tuple[float, list[float]]:
+    """KL between [p_y, 1 - p_y] and [q_y, 1 - q_y], 1 - p_y being the sum of the others, and its gradient."""
+    rest = others(len(q), [y])
+    p_not, q_not = mass(p, rest), mass(q, rest)
+    value = p_not * math.log(p_not / q_not) if p_not > 0 else 0.0
+    if p[y] > 0:
+        value += p[y] * math.log(p[y] / q[y])
+    gradient = [p[y] * q_i - p_not * q[y] * q_i / q_not for q_i in q]
+    gradient[y] = -p[y] * q_not + p_not * q[y]
+    return value, gradient
+
+
+def nckd(
+    choice: str,
+    p: Vector,
+    q: Vector,
+    y: int,
+    stored: Sequence[int],
+    samples: Sequence[int] = (),
+    pi: Vector | None = None,
+) -> tuple[float, list[float]]:
+    """KL between p / (1 - p_y) and q / (1 - q_y) off y, exact on the stored ids, the choice beyond; its gradient."""
+    kept = seen(choice, p, stored)
+    rest = others(len(q), [y])
+    p_not, q_not = mass(kept, rest), mass(q, rest)
+    if p_not == 0:
+        return 0.0, [0.0] * len(q)
+    weights = {i: kept[i] for i in stored if i != y}
+    weights.update(tail_cross_weights(choice, p, q, stored, samples, pi, without=[y]))
+    value = 0.0
+    if choice == "bucket":
+        beyond = [i for i in others(len(p), stored) if i != y]
+        for p_a, ids in [(p[i], [i]) for i in stored if i != y] + ([(mass(p, beyond), beyond)] if beyond else []):
+            value += p_a / p_not * math.log((p_a / p_not) / (mass(q, ids) / q_not))
+    else:
+        for i in rest:
+            if kept[i] > 0:
+                value += kept[i] / p_not * math.log(kept[i] / p_not)
+            value -= weights[i] / p_not * math.log(q[i] / q_not)
+    total = math.fsum(weights.values()) / p_not
+    gradient = [0.0 if i == y else total * q[i] / q_not - weights[i] / p_not for i in range(len(q))]
+    return value, gradient
+
+
+def conditional(p: Vector, y: int) -> list[float]:
+    """p / (1 - p_y) off y, 0 at y."""
+    p_not = mass(p, others(len(p), [y]))
+    return [0.0 if i == y else p_i / p_not for i, p_i in enumerate(p)]
+
+
+def atkd_groups(uncertainty: Vector) -> tuple[list[int], list[int]]:
+    """Easy and hard positions: hard is UNC >= the median, the lower of the two in the middle."""
+    median = sorted(uncertainty)[(len(uncertainty) - 1) // 2]
+    hard = [t for t, unc in enumerate(uncertainty) if unc >= median]
+    return others(len(uncertainty), hard), hard
+
+
+def atkd(uncertainty: Vector, target: Vector, divergence_: Vector, easy_weight: float) -> float:
+    """lambda mean_easy(D) + (1 - lambda) mean_hard(TKD + D); an empty group adds nothing."""
+    easy, hard = atkd_groups(uncertainty)
+    value = 0.0
+    if easy:
+        value += easy_weight * math.fsum(divergence_[t] for t in easy) / len(easy)
+    if hard:
+        value += (1 - easy_weight) * math.fsum(target[t] + divergence_[t] for t in hard) / len(hard)
+    return value
+
+
+# -- sampled atoms, hidden states ----------------------------------------------------------------------------------
+
+
+def rs_kd(
+    p: Vector, q: Vector, stored: Sequence[int], drawn: Sequence[int], power: float
+) -> tuple[float, list[float], list[float]]:
+    """Draws of ids with weight p / proposal / N, the proposal p^power on the K + 1 atoms: value, gradient, weights.
+
+    A drawn id beyond the stored ones stands for the tail: its log p is the tail's mean.
+    """
+    beyond = others(len(p), stored)
+    alpha = mass(p, beyond)
+    powers = [p[i] ** power for i in stored] + ([alpha**power] if beyond else [])
+    total = math.fsum(powers)
+    tail_log_p = math.fsum(p[i] / alpha * math.log(p[i]) for i in beyond) if beyond else 0.0
+    value, gradient, weights = 0.0, [0.0] * len(q), []
+    for s in drawn:
+        atom = p[s] if s in stored else alpha
+        weight = atom / (atom**power / total) / len(drawn)
+        weights.append(weight)
+        value += weight * ((math.log(p[s]) if s in stored else tail_log_p) - math.log(q[s]))
+        for i in range(len(q)):
+            gradient[i] += weight * (q[i] - (1.0 if i == s else 0.0))
+    return value, gradient, weights
+
+
+def cosine_loss(s: Vector, t: Vector) -> tuple[float, list[float]]:
+    """1 - cos(s, t) and its gradient with respect to s."""
+    s_length, t_length = math.sqrt(math.fsum(x * x for x in s)), math.sqrt(math.fsum(x * x for x in t))
+    cos = math.fsum(a * b for a, b in zip(s, t, strict=True)) / (s_length * t_length)
+    gradient = [-(b / t_length - cos * a / s_length) / s_length for a, b in zip(s, t, strict=True)]
+    return 1 - cos, gradient

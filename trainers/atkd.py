@@ -66,7 +66,7 @@ def group_weights(
 
 
 def atkd(target_T: Tensor, divergence_T: Tensor, weights_T: Tensor, hard_T: Tensor) -> Tensor:
-    """ATKD = w (D + [hard] TKD), whose mean over the micro-batch is lambda mean_easy(D) + (1 - lambda) mean_hard(TKD + D).
+    """ATKD = w (D + [hard] TKD): its mean over a micro-batch is lambda mean_easy(D) + (1 - lambda) mean_hard(TKD + D).
 
     Args:
       target_T: [T] TKD: ``dkd.target_class_kl``, or another divergence on ``dkd.target_atoms``.
