@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_cases import (
+    CHOICES,
     FLOAT32,
     FLOAT64,
     KINDS,
@@ -17,38 +18,34 @@ from loss_cases import (
     Case,
     Tolerance,
     assert_close,
+    assert_finite,
     cached,
-    cast,
+    extremes,
+    float64,
     make_case,
-    select,
+    slope,
+    terms,
 )
 from torch import Tensor
 
 from tailcache.storage.errors import ConfigError
 from tailcache.trainers.divergences import forward_kl
 from tailcache.trainers.tad import log_adaptive_beta, log_student_tail, log_teacher_tail, tad, weighted_tad
-from tailcache.trainers.tails import TAILS
+from tailcache.trainers.tails import TAILS, tail_choice
 from tailcache.trainers.terms import student_terms
-
-CHOICES = list(TAILS)
-
-
-def _float64(values: object) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def _tad(case: Case, logits: Tensor, choice: str, top_k: int, beta: float = 2.0) -> Tensor:
-    teacher = cast(case.teacher, logits.dtype)
-    student = student_terms(logits, teacher, case.next_tokens, prior_V=case.prior.to(logits.dtype))
-    return tad(teacher, student, TAILS[choice], top_k=top_k, beta=beta, segments_T=case.segments)
+    teacher, student = terms(case, logits, choice)
+    return tad(teacher, student, tail_choice(choice)[1], top_k=top_k, beta=beta, segments_T=case.segments)
 
 
 def test_by_hand() -> None:
     """p = (1/2, 3/8, 1/8), q uniform, K' = 1, one position: alpha = 1/2, beta(X) = 2 / alpha = 4."""
-    logprobs = _float64([[0.5, 0.375, 0.125]]).log()
+    logprobs = float64([[0.5, 0.375, 0.125]]).log()
     y = torch.tensor([0])
     teacher = cached(logprobs, 3, 0, y)
-    student = student_terms(torch.zeros((1, 3), dtype=torch.float64), teacher, y)
+    student = student_terms(torch.zeros((1, 3), dtype=torch.float64), teacher)
     kl1 = 0.5 * math.log(1.5) + 0.5 * math.log(0.75)
     kl2 = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     value = tad(teacher, student, TAILS["sampled"], top_k=1, beta=2.0, segments_T=torch.tensor([0]))
@@ -64,19 +61,17 @@ def test_value_and_gradient(kind: str, choice: str, top_k: int, stored: int, dty
     tolerance = FLOAT64 if dtype == torch.float64 else FLOAT32
     logits = case.logits.to(dtype, copy=True).requires_grad_()
     value = _tad(case, logits, choice, top_k)
-    (gradient,) = torch.autograd.grad(value.sum(), logits)
-    if top_k < 37:
-        beta_x = reference.beta_for_cache(case.p, top_k, case.segments.tolist(), 2.0)
-    else:
-        beta_x = [1.0] * len(case.p)  # no tail: it multiplies nothing
+    gradient = slope(value, logits)
+    pi = {"prior": case.prior.tolist()}.get(choice)
+    kept = [reference.seen(choice, p, case.stored(t)) for t, p in enumerate(case.p)]
+    beta_x = reference.beta_for_cache(kept, top_k, case.segments.tolist(), 2.0) if top_k < 37 else [1.0] * 6
     for t, (p, q) in enumerate(zip(case.p, case.q, strict=True)):
-        ids, samples = case.teacher.token_ids[t].tolist(), case.teacher.tail_samples[t].tolist()
-        expected = reference.tad_with_tail(choice, p, q, top_k, stored, beta_x[t], samples, case.prior.tolist())
+        ids, samples = case.stored(t), case.samples(t)
+        expected = reference.tad_with_tail(choice, p, q, top_k, stored, beta_x[t], samples, pi)
         assert_close(value[t].item(), expected, tolerance)
-        weights = reference.tail_cross_weights(choice, p, q, ids, samples, case.prior.tolist())
-        p_hat = reference.with_tail_weights(p, ids, weights)
-        slope = reference.tad_gradient(p_hat, q, ids[:top_k], beta_x[t])
-        assert_close(gradient[t].double(), _float64(slope), tolerance)
+        p_hat = reference.p_hat(choice, p, q, ids, samples, pi)
+        expected_slope = reference.tad_gradient(p_hat, q, ids[:top_k], beta_x[t])
+        assert_close(gradient[t].double(), float64(expected_slope), tolerance)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -85,13 +80,12 @@ def test_with_every_id_stored_it_is_the_dense_loss_and_equation_6(kind: str) -> 
     for choice in CHOICES:
         logits = case.logits.clone().requires_grad_()
         value = _tad(case, logits, choice, 10)
-        (gradient,) = torch.autograd.grad(value.sum(), logits)
+        gradient = slope(value, logits)
         beta_x = reference.beta_for_cache(case.p, 10, case.segments.tolist(), 2.0)
         for t, (p, q) in enumerate(zip(case.p, case.q, strict=True)):
             head = reference.top_ids(p, 10)
             assert_close(value[t].item(), reference.tad(p, q, head, beta_x[t]), FLOAT64)
-            slope = reference.tad_gradient(p, q, head, beta_x[t])
-            assert_close(gradient[t], _float64(slope), FLOAT64)
+            assert_close(gradient[t], float64(reference.tad_gradient(p, q, head, beta_x[t])), FLOAT64)
 
 
 @settings(max_examples=60, deadline=None)
@@ -106,13 +100,12 @@ def test_at_beta_x_one_it_is_the_kl(kind: str, choice: str, stored: int, split: 
     """Whatever the split and the tail choice: same value, same gradient as forward KL with that choice."""
     case = make_case(kind, vocab_size=30, top_k=stored, seed=seed)
     logits = case.logits.clone().requires_grad_()
-    student = student_terms(logits, case.teacher, case.next_tokens, prior_V=case.prior)
-    zero = torch.zeros(6, dtype=torch.float64)
-    value = weighted_tad(case.teacher, student, TAILS[choice], top_k=min(split, stored), log_beta_T=zero)
-    kl = forward_kl(case.teacher, student, TAILS[choice])
+    teacher, student = terms(case, logits, choice)
+    tail, zero = tail_choice(choice)[1], torch.zeros(6, dtype=torch.float64)
+    value = weighted_tad(teacher, student, tail, top_k=min(split, stored), log_beta_T=zero)
+    kl = forward_kl(teacher, student, tail)
     assert_close(value, kl, FLOAT64)
-    slopes = [torch.autograd.grad(loss.sum(), logits, retain_graph=True)[0] for loss in (value, kl)]
-    assert_close(slopes[0], slopes[1], FLOAT64)
+    assert_close(slope(value, logits), slope(kl, logits), FLOAT64)
 
 
 @settings(max_examples=40, deadline=None)
@@ -122,7 +115,7 @@ def test_tail_masses_of_any_split_are_those_of_the_full_distributions(
 ) -> None:
     split = min(split, stored)
     case = make_case(kind, vocab_size=30, top_k=stored, seed=seed)
-    student = student_terms(case.logits, case.teacher, case.next_tokens)
+    student = student_terms(case.logits, case.teacher)
     alpha = log_teacher_tail(case.teacher, split).exp().tolist()
     alpha_s = log_student_tail(student, split).exp().tolist()
     for t, (p, q) in enumerate(zip(case.p, case.q, strict=True)):
@@ -136,7 +129,7 @@ def test_beta_x_is_per_segment_over_its_positions(min_mean_alpha: float) -> None
     alphas = [0.5, 0.1, 1e-6, 0.25, 0.25, 3e-5, 0.9]
     segments = [4, 4, 0, 1, 1, 0, 4]
     expected = reference.beta_x(alphas, segments, 2.0, min_mean_alpha)
-    value = log_adaptive_beta(_float64(alphas).log(), torch.tensor(segments), beta=2.0, min_mean_alpha=min_mean_alpha)
+    value = log_adaptive_beta(float64(alphas).log(), torch.tensor(segments), beta=2.0, min_mean_alpha=min_mean_alpha)
     assert_close(value.exp().tolist(), expected, FLOAT64)
 
 
@@ -145,8 +138,8 @@ def test_beta_x_of_a_segment_does_not_depend_on_its_neighbours_or_its_micro_batc
     whole = _tad(case, case.logits, "sampled", 5)
     for segment in range(3):
         part = case.segments == segment
-        teacher = select(case.teacher, part)
-        student = student_terms(case.logits[part], teacher, case.next_tokens[part])
+        teacher = case.teacher.rows(part)
+        student = student_terms(case.logits[part], teacher)
         alone = tad(teacher, student, TAILS["sampled"], top_k=5, beta=2.0, segments_T=case.segments[part])
         assert (alone - whole[part]).abs().max() <= MICRO_BATCH
 
@@ -160,7 +153,7 @@ def test_a_tail_far_below_float32_keeps_its_weight() -> None:
 
 def test_beta_zero_leaves_the_head() -> None:
     case = make_case("random", top_k=8)
-    student = student_terms(case.logits, case.teacher, case.next_tokens)
+    student = student_terms(case.logits, case.teacher)
     value = tad(case.teacher, student, TAILS["sampled"], top_k=8, beta=0.0, segments_T=case.segments)
     assert_close(value, forward_kl(case.teacher, student, TAILS["bucket"]), FLOAT64)
 
@@ -170,13 +163,8 @@ def test_beta_zero_leaves_the_head() -> None:
 @pytest.mark.parametrize(("top_k", "stored"), [(1, 1), (5, 8), (8, 8), (5, 37), (37, 37)])
 def test_extreme_logits_have_finite_values_and_gradients(kind: str, choice: str, top_k: int, stored: int) -> None:
     case = make_case(kind, num_positions=8, top_k=stored)
-    signs = torch.randint(0, 2, case.logits.shape, generator=torch.Generator().manual_seed(3)) * 2 - 1
-    for extreme in (1e4 * signs.float(), torch.eye(37)[:8] * 2e4 - 1e4, torch.full((8, 37), 1e4)):
-        logits = extreme.clone().requires_grad_()
-        value = _tad(case, logits, choice, top_k)
-        (gradient,) = torch.autograd.grad(value.sum(), logits)
-        assert value.isfinite().all()
-        assert gradient.isfinite().all()
+    for logits in extremes():
+        assert_finite(_tad(case, logits, choice, top_k), logits)
 
 
 def test_no_gradient_flows_through_the_teacher() -> None:
@@ -193,18 +181,41 @@ def test_gradcheck(choice: str) -> None:
     assert torch.autograd.gradcheck(lambda z: _tad(case, z, choice, 2), (logits,), eps=1e-6, atol=1e-6)
 
 
+def test_masked_positions_are_rows_dropped_before_the_mean() -> None:
+    """beta(X) is over the valid positions of a segment: the terms of the others are not there."""
+    case = make_case("zipf", num_positions=8)
+    valid = torch.tensor([True, False, True, True, False, True, True, False])
+    teacher, student = terms(case, case.logits)
+    value = tad(
+        teacher.rows(valid), student.rows(valid), TAILS["sampled"], top_k=5, beta=2.0, segments_T=case.segments[valid]
+    )
+    kept = [t for t in range(8) if valid[t]]
+    beta_x = reference.beta_for_cache([case.p[t] for t in kept], 5, case.segments[valid].tolist(), 2.0)
+    for row, t in enumerate(kept):
+        expected = reference.tad_with_tail("sampled", case.p[t], case.q[t], 5, 8, beta_x[row], case.samples(t))
+        assert_close(value[row].item(), expected, FLOAT64)
+
+
+@settings(max_examples=40, deadline=None)
+@given(choice=st.sampled_from(CHOICES), shift=st.floats(-1e3, 1e3), split=st.integers(1, 8), seed=st.integers(0, 999))
+def test_shifting_logits_changes_nothing(choice: str, shift: float, split: int, seed: int) -> None:
+    case = make_case("random", seed=seed)
+    plain, shifted = _tad(case, case.logits, choice, split), _tad(case, case.logits + shift, choice, split)
+    assert_close(shifted, plain, Tolerance(1e-9, 1e-10))
+
+
 def test_no_positions_at_all() -> None:
     case = make_case("random")
     none = torch.zeros(6, dtype=torch.bool)
-    teacher = select(case.teacher, none)
-    student = student_terms(case.logits[none], teacher, case.next_tokens[none])
+    teacher = case.teacher.rows(none)
+    student = student_terms(case.logits[none], teacher)
     value = tad(teacher, student, TAILS["sampled"], top_k=3, beta=2.0, segments_T=case.segments[none])
     assert value.shape == (0,)
 
 
 def test_what_is_impossible_is_refused_with_the_reason() -> None:
     case = make_case("random", top_k=8)
-    student = student_terms(case.logits, case.teacher, case.next_tokens)
+    student = student_terms(case.logits, case.teacher)
     for top_k in (0, -1, 9):
         with pytest.raises(ConfigError, match=rf"1 <= K' <= 8.*found K' = {top_k}"):
             tad(case.teacher, student, TAILS["bucket"], top_k=top_k, beta=2.0, segments_T=case.segments)
@@ -213,6 +224,3 @@ def test_what_is_impossible_is_refused_with_the_reason() -> None:
             tad(case.teacher, student, TAILS["bucket"], top_k=3, beta=beta, segments_T=case.segments)
     with pytest.raises(ConfigError, match="min_mean_alpha"):
         log_adaptive_beta(torch.zeros(2), torch.zeros(2, dtype=torch.long), beta=1.0, min_mean_alpha=1.5)
-    headless = student_terms(case.logits, case.teacher, case.next_tokens, want_beyond=False)
-    with pytest.raises(ConfigError, match="want_beyond=True"):
-        tad(case.teacher, headless, TAILS["sampled"], top_k=3, beta=2.0, segments_T=case.segments)

@@ -1,105 +1,49 @@
-"""The tail choices: value and gradient against the reference, limits, unbiasedness, refusals."""
+"""The tail choices: the log-ratio against the reference, what is left without a tail, guards, refusals."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_cases import (
-    FLOAT32,
+    CHOICES,
     FLOAT64,
     KINDS,
-    SIGMAS,
     Tolerance,
     assert_close,
-    cached,
-    cast,
+    assert_finite,
+    atoms,
+    float64,
     make_case,
-    student_logits,
-    teacher_logprobs,
+    slope,
+    terms,
 )
-from torch import Tensor
 
-from tailcache.storage.errors import ConfigError, MismatchError
+from tailcache.storage.errors import ConfigError
+from tailcache.trainers.atoms import bucket_atoms, filled_atoms, head_atoms, split_target
 from tailcache.trainers.divergences import forward_kl
+from tailcache.trainers.dkd import dkd
 from tailcache.trainers.tad import weighted_tad
-from tailcache.trainers.tails import TAILS, check_tail, tail_function
-from tailcache.trainers.terms import StudentTerms, TeacherTerms, student_terms, weighted
-
-
-def _float64(values: object) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("top_k", [1, 8, 36])
-def test_student_terms_are_what_they_say(kind: str, top_k: int) -> None:
-    case = make_case(kind, top_k=top_k)
-    terms = student_terms(case.logits, case.teacher, case.next_tokens, prior_V=case.prior)
-    for t, q in enumerate(case.q):
-        stored = case.teacher.token_ids[t].tolist()
-        beyond = reference.others(len(q), stored)
-        hat = reference.restricted(case.prior.tolist(), beyond)
-        assert terms.log_beyond is not None
-        assert terms.prior_logprob is not None
-        assert_close(terms.logprobs[t].exp().tolist(), [q[i] for i in stored], FLOAT64)
-        assert_close(math.exp(terms.log_beyond[t]), reference.mass(q, beyond), FLOAT64)
-        assert_close(math.exp(terms.log_target[t]), q[int(case.next_tokens[t])], FLOAT64)
-        assert_close(terms.prior_logprob[t].item(), math.fsum(w * math.log(q[i]) for i, w in hat.items()), FLOAT64)
-        samples = case.teacher.tail_samples[t].tolist()
-        assert_close(terms.sample_logprobs[t].exp().tolist(), [q[i] for i in samples], FLOAT64)
-
-
-def test_padding_rows_of_the_head_are_cut_off_before_normalising() -> None:
-    case = make_case("random")
-    padded = torch.cat([case.logits, torch.full((6, 3), 50.0, dtype=torch.float64)], dim=-1)
-    plain = student_terms(case.logits, case.teacher, case.next_tokens)
-    wide = student_terms(padded, case.teacher, case.next_tokens)
-    assert torch.equal(plain.logprobs, wide.logprobs)
-    assert plain.log_beyond is not None
-    assert wide.log_beyond is not None
-    assert torch.equal(plain.log_beyond, wide.log_beyond)
-
-
-def test_a_head_narrower_than_the_vocabulary_is_refused() -> None:
-    case = make_case("random")
-    with pytest.raises(MismatchError, match=r"at least 37 ids\], found \[6, 36\]"):
-        student_terms(case.logits[:, :36], case.teacher, case.next_tokens)
-
-
-def test_half_precision_logits_are_upcast_once() -> None:
-    case = make_case("random")
-    teacher = cast(case.teacher, torch.float32)
-    terms = student_terms(case.logits.bfloat16(), teacher, case.next_tokens)
-    wide = student_terms(case.logits.bfloat16().float(), teacher, case.next_tokens)
-    assert terms.logprobs.dtype == torch.float32
-    assert torch.equal(terms.logprobs, wide.logprobs)
+from tailcache.trainers.tails import TAILS, TRUNCATIONS, bucket, drop, renormalise, tail_choice
+from tailcache.trainers.terms import student_terms
 
 
 @pytest.mark.parametrize("choice", list(TAILS))
 @pytest.mark.parametrize("kind", KINDS)
 def test_tail_log_ratio_matches_the_reference(choice: str, kind: str) -> None:
-    """alpha * R is what the choice adds to the KL: the reference KL minus its part on the stored ids."""
+    """R = sum over the tail of p~ (log p - log q), with what stands for p~; of order 1 even where alpha is 1e-30."""
     case = make_case(kind)
-    student = student_terms(case.logits, case.teacher, case.next_tokens, prior_V=case.prior)
-    ratio = TAILS[choice](case.teacher, student)
+    ratio = TAILS[choice](*terms(case, case.logits))
     for t, (p, q) in enumerate(zip(case.p, case.q, strict=True)):
-        stored = case.teacher.token_ids[t].tolist()
-        samples = case.teacher.tail_samples[t].tolist()
-        alpha = reference.mass(p, reference.others(len(p), stored))
-        whole = reference.kl_with_tail(choice, p, q, stored, samples, case.prior.tolist())
-        head = math.fsum(p[i] * math.log(p[i] / q[i]) for i in stored)
-        if kind != "peaked":
-            assert_close((alpha * ratio[t]).item(), whole - head, Tolerance(1e-9, 1e-12))
-        # Where alpha is 1e-30, whole - head cancels; R itself is of order 1 and is compared through the
-        # tail alone.
-        beyond = reference.others(len(p), stored)
-        weights = reference.tail_cross_weights(choice, p, q, stored, samples, case.prior.tolist())
+        beyond = reference.others(len(p), case.stored(t))
+        alpha = reference.mass(p, beyond)
+        pi = case.prior.tolist()
+        weights = reference.tail_cross_weights(choice, p, q, case.stored(t), case.samples(t), pi)
         if choice == "bucket":
             expected = math.log(alpha / reference.mass(q, beyond))
         else:
@@ -111,47 +55,27 @@ def test_tail_log_ratio_matches_the_reference(choice: str, kind: str) -> None:
 @pytest.mark.parametrize("choice", list(TAILS))
 @pytest.mark.parametrize("num_samples", [0, 3])
 def test_with_every_id_stored_there_is_no_tail_to_choose(choice: str, num_samples: int) -> None:
+    """And nothing that a tail would need is asked for."""
     case = make_case("random", top_k=37, num_samples=num_samples)
     logits = case.logits.clone().requires_grad_()
-    student = student_terms(logits, case.teacher, case.next_tokens, prior_V=case.prior)
-    value = forward_kl(case.teacher, student, TAILS[choice])
+    value = forward_kl(case.teacher, student_terms(logits, case.teacher), TAILS[choice])
     dense = [reference.forward_kl(p, q) for p, q in zip(case.p, case.q, strict=True)]
     assert_close(value.tolist(), dense, FLOAT64)
-    (gradient,) = torch.autograd.grad(value.sum(), logits)
-    assert_close(gradient, _float64(case.q) - _float64(case.p), FLOAT64)
+    assert_close(slope(value, logits), float64(case.q) - float64(case.p), FLOAT64)
 
 
-@pytest.mark.parametrize("choice", list(TAILS))
+@pytest.mark.parametrize("choice", CHOICES)
 def test_a_position_without_tail_mass_is_guarded(choice: str) -> None:
     """K < V, but one position has alpha = 0 exactly: its tail counts for nothing and breaks no gradient."""
     case = make_case("random")
-    fields = {name: getattr(case.teacher, name) for name in case.teacher.__dataclass_fields__}
-    fields["log_tail"] = fields["log_tail"].clone()
-    fields["log_tail"][2] = -math.inf
-    teacher = type(case.teacher)(**fields)
     logits = case.logits.clone().requires_grad_()
-    student = student_terms(logits, teacher, case.next_tokens, prior_V=case.prior)
-    for value in (
-        forward_kl(teacher, student, TAILS[choice]),
-        weighted_tad(teacher, student, TAILS[choice], top_k=8, log_beta_T=torch.ones(6, dtype=torch.float64)),
-    ):
-        (gradient,) = torch.autograd.grad(value.sum(), logits, retain_graph=True)
-        assert value.isfinite().all()
-        assert gradient.isfinite().all()
-
-
-def test_the_prior_is_summed_over_the_tail_and_not_by_difference() -> None:
-    """In float32, with all but 1e-9 of the prior inside the head, sum_V - sum_H would keep no digit."""
-    case = make_case("zipf", top_k=8)
-    prior = torch.full((37,), 1e-9 / 29, dtype=torch.float64)
-    prior[case.teacher.token_ids[0]] = 0.125
-    exact = student_terms(case.logits, case.teacher, case.next_tokens, prior_V=prior).prior_logprob
-    single = student_terms(
-        case.logits.float(), cast(case.teacher, torch.float32), case.next_tokens, prior_V=prior.float()
-    ).prior_logprob
-    assert exact is not None
-    assert single is not None
-    assert_close(single.double(), exact, FLOAT32)
+    teacher, student = terms(case, logits, choice)
+    log_tail = teacher.log_tail.clone()
+    log_tail[2] = -math.inf
+    teacher, tail = replace(teacher, log_tail=log_tail), tail_choice(choice)[1]
+    assert_finite(forward_kl(teacher, student, tail), logits)
+    assert_finite(weighted_tad(teacher, student, tail, top_k=8, log_beta_T=float64([1.0] * 6)), logits)
+    assert_finite(dkd(teacher, student, tail, target_weight=1.0, non_target_weight=1.0), logits)
 
 
 @settings(max_examples=60, deadline=None)
@@ -162,57 +86,20 @@ def test_the_prior_is_summed_over_the_tail_and_not_by_difference() -> None:
     seed=st.integers(0, 10_000),
 )
 def test_bucket_is_a_lower_bound_of_the_dense_kl(kind: str, vocab_size: int, top_k: int, seed: int) -> None:
-    top_k = min(top_k, vocab_size)
-    case = make_case(kind, num_positions=3, vocab_size=vocab_size, top_k=top_k, num_samples=0, seed=seed)
-    student = student_terms(case.logits, case.teacher, case.next_tokens)
-    value = forward_kl(case.teacher, student, TAILS["bucket"])
-    dense = _float64([reference.forward_kl(p, q) for p, q in zip(case.p, case.q, strict=True)])
+    case = make_case(kind, num_positions=3, vocab_size=vocab_size, top_k=min(top_k, vocab_size), seed=seed)
+    value = forward_kl(*terms(case, case.logits), bucket)
+    dense = float64([reference.forward_kl(p, q) for p, q in zip(case.p, case.q, strict=True)])
     assert (value >= -1e-12).all()
     assert (value <= dense + 1e-12).all()
 
 
-def _tad_at_three(teacher: TeacherTerms, student: StudentTerms) -> Tensor:
-    log_beta = torch.full_like(teacher.log_tail, math.log(3.0))
-    return weighted_tad(teacher, student, TAILS["sampled"], top_k=4, log_beta_T=log_beta)
-
-
-def _kl(teacher: TeacherTerms, student: StudentTerms) -> Tensor:
-    return forward_kl(teacher, student, TAILS["sampled"])
-
-
-@pytest.mark.parametrize("loss", ["kl", "tad"])
-@pytest.mark.parametrize("num_samples", [1, 16])
-def test_the_sampled_tail_is_unbiased(loss: str, num_samples: int) -> None:
-    """Value and gradient, averaged over independent captures of one position, reach the exact ones."""
-    num_captures, vocab_size, top_k = 4_000, 23, 6
-    logprobs = teacher_logprobs("zipf", 1, vocab_size, seed=5).expand(num_captures, vocab_size)
-    logits = student_logits(1, vocab_size, seed=6).expand(num_captures, vocab_size).clone().requires_grad_()
-    next_tokens = torch.zeros(num_captures, dtype=torch.long)
-    teacher = cached(logprobs, top_k, num_samples, next_tokens, seed=7)
-    student = student_terms(logits, teacher, next_tokens)
-    values = (_kl if loss == "kl" else _tad_at_three)(teacher, student)
-    (gradients,) = torch.autograd.grad(values.sum(), logits)
-
-    p, q = logprobs[0].exp().tolist(), reference.softmax(logits[0].tolist())
-    if loss == "kl":
-        exact_value, exact_gradient = reference.forward_kl(p, q), reference.kl_gradient(p, q)
-    else:
-        head = reference.top_ids(p, 4)
-        exact_value, exact_gradient = reference.tad(p, q, head, 3.0), reference.tad_gradient(p, q, head, 3.0)
-    for estimate, exact in ((values[:, None], [exact_value]), (gradients, exact_gradient)):
-        error = estimate.mean(0) - _float64(exact)
-        standard_error = estimate.std(0) / num_captures**0.5
-        assert (error.abs() <= SIGMAS * standard_error + 1e-12).all()
-    assert values.std() > 1e-3  # or the test above would show nothing
-
-
-def test_sampled_and_prior_report_the_stored_entropy_not_a_reconstruction() -> None:
+def test_sampled_reports_the_stored_entropy_not_a_reconstruction() -> None:
     """Plugging the draws in as the teacher gives another, larger value; ours is the exact entropy's."""
     case = make_case("zipf", num_samples=4)
-    student = student_terms(case.logits, case.teacher, case.next_tokens)
-    ratio = TAILS["sampled"](case.teacher, student)
+    teacher, student = terms(case, case.logits)
+    ratio = TAILS["sampled"](teacher, student)
     for t, p in enumerate(case.p):
-        beyond = reference.others(37, case.teacher.token_ids[t].tolist())
+        beyond = reference.others(37, case.stored(t))
         alpha = reference.mass(p, beyond)
         cross = student.sample_logprobs[t].mean().item()
         exact = math.fsum(p[i] / alpha * math.log(p[i]) for i in beyond) - cross
@@ -221,47 +108,112 @@ def test_sampled_and_prior_report_the_stored_entropy_not_a_reconstruction() -> N
         assert reconstructed > exact
 
 
-def test_weighted_guards_value_and_gradient() -> None:
-    value = torch.tensor([2.0, math.inf, -math.inf, math.nan], requires_grad=True)
-    log_weight = torch.tensor([0.0, -math.inf, -math.inf, -math.inf])
-    product = weighted(log_weight, value)
-    assert product.tolist() == [2.0, 0.0, 0.0, 0.0]
-    (gradient,) = torch.autograd.grad(product.sum(), value)
-    assert gradient.tolist() == [1.0, 0.0, 0.0, 0.0]
+@pytest.mark.parametrize("top_k", [1, 8, 37])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("choice", list(TRUNCATIONS))
+def test_truncated_teachers(choice: str, kind: str, top_k: int) -> None:
+    """What is left of the top-K, of the true token and of the others; K = V loses nothing."""
+    case = make_case(kind, top_k=top_k)
+    teacher = TRUNCATIONS[choice](case.teacher)
+    for t, p in enumerate(case.p):
+        left, y = reference.seen(choice, p, case.stored(t)), int(case.next_tokens[t])
+        assert_close(teacher.logprobs[t].exp().tolist(), [left[i] for i in case.stored(t)], FLOAT64)
+        assert_close(teacher.log_target[t].exp().item(), left[y], FLOAT64)
+        not_y = reference.mass(left, reference.others(37, [y]))
+        assert_close(teacher.log_not_target[t].item(), math.log(not_y) if not_y else -math.inf, Tolerance(1e-9, 1e-9))
+    assert (teacher.log_tail == -math.inf).all()
+    assert (teacher.tail_entropy == 0).all()
 
 
-def test_a_second_derivative_is_refused() -> None:
-    case = make_case("random")
+def test_dropping_the_tail_inflates_the_head() -> None:
+    """The gradient is (sum_H p) q - p on the top-K: it vanishes at q = p / sum_H p, and not at q = p."""
+    case = make_case("zipf")
     logits = case.logits.clone().requires_grad_()
-    value = forward_kl(case.teacher, student_terms(logits, case.teacher, case.next_tokens), TAILS["sampled"])
-    (gradient,) = torch.autograd.grad(value.sum(), logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.square().sum().backward()  # type: ignore[no-untyped-call]
+    teacher, student = terms(case, logits, "drop")
+    gradient = slope(forward_kl(teacher, student, bucket), logits)
+    for t, (p, q) in enumerate(zip(case.p, case.q, strict=True)):
+        kept = set(case.stored(t))
+        total = reference.mass(p, case.stored(t))
+        expected = [total * q_i - (p_i if i in kept else 0.0) for i, (p_i, q_i) in enumerate(zip(p, q, strict=True))]
+        assert_close(gradient[t], float64(expected), FLOAT64)
 
 
-def test_unknown_and_impossible_tails_are_refused_with_the_reason() -> None:
-    with pytest.raises(ConfigError, match=r"one of sampled, bucket, prior; found 'smooth'"):
-        tail_function("smooth")
-    pi = np.full(37, 1 / 37, dtype=np.float32)
-    check_tail("sampled", top_k=8, vocab_size=37, num_samples=1, mean_tail_V=None)
-    check_tail("bucket", top_k=8, vocab_size=37, num_samples=0, mean_tail_V=None)
-    check_tail("prior", top_k=8, vocab_size=37, num_samples=0, mean_tail_V=pi)
-    check_tail("sampled", top_k=37, vocab_size=37, num_samples=0, mean_tail_V=None)
-    with pytest.raises(ConfigError, match=r"m = 0; choose the tail 'bucket'"):
-        check_tail("sampled", top_k=8, vocab_size=37, num_samples=0, mean_tail_V=pi)
-    with pytest.raises(ConfigError, match="mean tail distribution, found none"):
-        check_tail("prior", top_k=8, vocab_size=37, num_samples=4, mean_tail_V=None)
-    pi[8:] = 0
-    with pytest.raises(ConfigError, match="more than K = 8 ids, found mass on 8 of 37"):
-        check_tail("prior", top_k=8, vocab_size=37, num_samples=4, mean_tail_V=pi)
+def test_drop_keeps_what_normalises_at_another_temperature() -> None:
+    teacher = make_case("zipf", temperatures=(2.0,)).teacher
+    assert drop(teacher).log_z_tail is teacher.log_z_tail
+    emptied = renormalise(teacher).log_z_tail
+    assert emptied is not None
+    assert (emptied == -math.inf).all()
+    assert renormalise(make_case("zipf").teacher).log_z_tail is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("choice", ["bucket", "drop", "renormalise", "prior", "uniform"])
+def test_atoms_are_the_teacher_and_the_student_merged(kind: str, choice: str) -> None:
+    case = make_case(kind)
+    log_p, log_q = atoms(case, case.logits, choice)
+    for t, (p, q) in enumerate(zip(case.p, case.q, strict=True)):
+        pi = case.prior.tolist()
+        expected = reference.atoms(choice, p, case.stored(t), pi)
+        assert_close(log_p[t].exp().tolist(), [mass for mass, _ in expected], FLOAT64)
+        assert_close(log_q[t].exp().tolist(), [reference.mass(q, ids) for _, ids in expected], FLOAT64)
+
+
+def test_a_fill_without_mass_beyond_the_top_k_leaves_nothing_there() -> None:
+    case = make_case("random")
+    fill = torch.zeros((6, 37), dtype=torch.float64).scatter(-1, case.teacher.token_ids, 1.0)
+    filled = filled_atoms(case.teacher, fill)
+    assert_close(filled.exp().sum(-1), case.teacher.logprobs.exp().sum(-1), FLOAT64)
+    assert not filled.isnan().any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dense_distribution_split_at_the_true_token(kind: str) -> None:
+    case = make_case(kind)
+    logits = case.logits.clone().requires_grad_()
+    for probabilities, logprobs in ((case.p, case.logprobs), (case.q, logits.log_softmax(-1))):
+        binary, rest = split_target(logprobs, case.next_tokens)
+        for t, (p, y) in enumerate(zip(probabilities, case.next_tokens.tolist(), strict=True)):
+            not_y = reference.mass(p, reference.others(37, [y]))
+            assert_close(binary[t].tolist(), [math.log(p[y]), math.log(not_y)], Tolerance(1e-9, 1e-9))
+            assert_close(rest[t].exp().tolist(), reference.conditional(p, y), FLOAT64)
+    assert slope(binary.sum(-1) + rest.masked_fill(rest == -math.inf, 0.0).sum(-1), logits).isfinite().all()
+    sure = torch.tensor([[0.0, -math.inf]])
+    binary, rest = split_target(sure, torch.tensor([0]))
+    assert binary.tolist() == [[0.0, -math.inf]]
+    assert rest.tolist() == [[-math.inf, -math.inf]]
+
+
+def test_atoms_of_the_terms() -> None:
+    case = make_case("random")
+    teacher, student = terms(case, case.logits)
+    log_p, log_q = bucket_atoms(teacher, student)
+    assert log_p.shape == log_q.shape == (6, 9)
+    assert_close(log_p.exp().sum(-1), torch.ones(6, dtype=torch.float64), FLOAT64)
+    assert torch.equal(head_atoms(teacher, student)[0], log_p[:, :-1])
+    assert torch.equal(head_atoms(teacher, student)[1], log_q[:, :-1])
+
+
+def test_a_choice_is_what_happens_to_the_teacher_and_a_tail_function() -> None:
+    teacher = make_case("random").teacher
+    for name, function in TAILS.items():
+        assert tail_choice(name)[0](teacher) is teacher
+        assert tail_choice(name)[1] is function
+    for name, truncation in TRUNCATIONS.items():
+        assert tail_choice(name) == (truncation, bucket)
+    with pytest.raises(
+        ConfigError, match=r"one of sampled, bucket, prior, uniform, exact, drop, renormalise; found 'smooth'"
+    ):
+        tail_choice("smooth")
 
 
 def test_the_functions_refuse_what_they_were_not_given() -> None:
     case = make_case("random", num_samples=0)
-    student = student_terms(case.logits, case.teacher, case.next_tokens, want_beyond=False)
-    with pytest.raises(ConfigError, match="m = 0"):
+    student = student_terms(case.logits, case.teacher, fills={"uniform": torch.ones(37)})
+    with pytest.raises(ConfigError, match=r"m = 0; choose another tail \('bucket'\)"):
         TAILS["sampled"](case.teacher, student)
-    with pytest.raises(ConfigError, match="prior_V="):
-        TAILS["prior"](case.teacher, student)
-    with pytest.raises(ConfigError, match="want_beyond=True"):
-        TAILS["bucket"](case.teacher, student)
+    for name in ("prior", "exact"):
+        with pytest.raises(ConfigError, match=rf"fill '{name}', found uniform; .* fills=\{{'{name}': ...\}}"):
+            TAILS[name](case.teacher, student)
+    with pytest.raises(ConfigError, match="found no fill"):
+        TAILS["uniform"](case.teacher, student_terms(case.logits, case.teacher))
