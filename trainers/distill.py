@@ -202,9 +202,8 @@ class DistillTrainer(Trainer):
         Args:
           model: the student, wrapped or not.
           inputs: a batch of ``batches.collate``.
-          return_outputs: also return {"values": [T, P]}, the parts of each position in the order of
-          ``objective.names``. num_items_in_batch: target positions of the whole step over all devices; by default the
-          batch's own.
+          return_outputs: also return {"values": [T, P]}, the parts of each position in the order of their names.
+          num_items_in_batch: target positions of the whole step over all devices; by default the batch's own.
 
         Returns:
           A scalar, nats: the weighted sum over the micro-batch divided by that number, times the number of

@@ -20,7 +20,7 @@ from torch import Tensor
 from tailcache.storage.errors import ConfigError, StudentError
 from tailcache.trainers.linear_head import LinearHead
 from tailcache.trainers.loss_config import LossConfig
-from tailcache.trainers.parts import Part, Rows, clm, needs_rows, part_of
+from tailcache.trainers.parts import Part, Rows, clm, is_linear, needs_rows, part_of
 from tailcache.trainers.soundness import Stored, check_sound, default_tail
 from tailcache.trainers.stored_head import hidden_states, stored_head, teacher_logits
 from tailcache.trainers.tad import check_split
@@ -119,6 +119,12 @@ class Objective:
         return tuple(sorted(found))
 
     @property
+    def mean_fills(self) -> tuple[str, ...]:
+        """The fills under which means of the student's log q are needed."""
+        tails = {_effective(each, self.stored) for each in self.losses if is_linear(each)}
+        return tuple(name for name in ("prior", "uniform", "exact") if name in tails)
+
+    @property
     def dense(self) -> bool:
         """Whether it needs whole rows of logits."""
         return self.num_dense > 0
@@ -171,8 +177,7 @@ class Objective:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """The parts by name: "clm", then "divergence" for a single one, else each divergence's own, numbered if
-        repeated."""
+        """The parts: "clm", then "divergence" for a single one, else each by its own name, numbered if repeated."""
         if len(self.losses) == 1:
             return ("clm", "divergence")
         found = ["clm"]
@@ -223,7 +228,7 @@ class Objective:
                     )
                 )
         hidden = hidden_states(batch["teacher"]) if "hidden" in self.optional else None
-        return Prepared(tuple(parts), teacher, aids, self.temperatures, hidden)
+        return Prepared(tuple(parts), teacher, aids, self.mean_fills, self.temperatures, hidden)
 
 
 @dataclass(frozen=True)
@@ -234,6 +239,7 @@ class Prepared:
       parts: one function each.
       teacher: the targets of all T positions.
       aids: fills and the teacher's head.
+      mean_fills: the fills under which means of the student's log q are needed.
       temperatures: the further ones at which the student's terms are needed.
       hidden_TD: the teacher's hidden states, where they are needed.
     """
@@ -241,6 +247,7 @@ class Prepared:
     parts: tuple[Part, ...]
     teacher: TeacherTerms
     aids: Aids
+    mean_fills: tuple[str, ...] = ()
     temperatures: tuple[float, ...] = ()
     hidden_TD: Tensor | None = None
 
@@ -250,12 +257,15 @@ class Prepared:
 
     def of_logits(self, rows: slice, logits_cW: Tensor) -> Tensor:
         """[c, P] from the student's whole rows of logits at some positions."""
-        teacher, fills = self.teacher.rows(rows), dict(self.aids.fills)
+        teacher = self.teacher.rows(rows)
         logits_cV = logits_cW[:, : teacher.vocab_size]
         own_cV = None
         if self.aids.head is not None and self.hidden_TD is not None:
             own_cV = torch.log_softmax(teacher_logits(self.hidden_TD[rows], self.aids.head), dim=-1)
-            fills["exact"] = own_cV.exp()
+        fills = {
+            name: own_cV.exp() if name == "exact" and own_cV is not None else self.aids.fills[name]
+            for name in self.mean_fills
+        }
         student = student_terms(logits_cV, teacher, fills=fills, temperatures=self.temperatures)
         whole = Rows(logits_cV, teacher, self.aids.fills, own_cV)
         return torch.stack([part(rows, teacher, student, whole) for part in self.parts], dim=-1)

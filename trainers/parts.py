@@ -29,7 +29,7 @@ from tailcache.trainers.tails import tail_choice
 from tailcache.trainers.terms import StudentTerms, TeacherTerms
 from tailcache.trainers.todi import todi
 
-__all__ = ["OnAtoms", "Part", "Rows", "clm", "needs_rows", "part_of"]
+__all__ = ["OnAtoms", "Part", "Rows", "clm", "is_linear", "needs_rows", "part_of"]
 
 OnAtoms = Callable[[Tensor, Tensor], Tensor]
 
@@ -67,10 +67,14 @@ Part = Callable[[slice, TeacherTerms, StudentTerms, Rows | None], Tensor]
 """Positions (of the micro-batch), both sides' terms of them, and whole rows where they are needed -> [c] nats."""
 
 
+def is_linear(loss: LossConfig) -> bool:
+    """Whether a divergence is linear in the teacher's tail, so that a mean of log q under it is all it needs."""
+    return loss.temperature == 1.0 and (loss.name in ("kd", "tad", "dkd") or (loss.name, loss.wraps) == ("atkd", "dkd"))
+
+
 def needs_rows(loss: LossConfig, tail: str | None) -> bool:
     """Whether a divergence needs whole rows: not linear in a tail that has a shape, or the teacher's own tail."""
-    linear = loss.name in ("kd", "tad", "dkd") or (loss.name == "atkd" and loss.wraps == "dkd")
-    return tail == "exact" or (tail in ("prior", "uniform") and not linear)
+    return tail == "exact" or (tail in ("prior", "uniform") and not is_linear(loss))
 
 
 def clm(rows: slice, teacher: TeacherTerms, student: StudentTerms, whole: Rows | None) -> Tensor:
@@ -172,8 +176,7 @@ def _atkd(loss: LossConfig, tail: str, teacher: TeacherTerms) -> Part:
 
 
 def _dense_without_target(tail: str, teacher: TeacherTerms, student: StudentTerms, whole: Rows) -> Tensor:
-    """[c, V] log p^ off the true token; where that is beyond the top-K, its own share is known and taken out
-    exactly."""
+    """[c, V] log p^ off the true token y; where y is beyond the top-K, its share is known and taken out exactly."""
     if tail == "exact":
         return split_target(whole.log_p(tail), teacher.next_tokens)[1]
     conditional, _ = without_target(teacher, student)
