@@ -9,7 +9,8 @@ cross-entropy. Wrapping another divergence f means D = f(p^, q^) off y and TKD =
 official code does it for the reverse KL. The groups are of one micro-batch, so this is the one loss that depends on how
 a batch is cut.
 
-UNC and the groups depend on the teacher only and are exact from the cache: ``log_not_target`` is stored.
+UNC and the groups depend on the teacher only and are exact from the cache: ``log_not_target`` is stored. They are those
+of the teacher as stored, whatever a tail choice makes of it.
 
 Source: Zhong et al., "Revisiting Knowledge Distillation for Autoregressive Language Models", ACL 2024, and its code.
 Legend: T target positions.
@@ -59,10 +60,10 @@ def group_weights(
         # Rounded, because (1 - 0.9) * 10 is a little less than 1.
         rank = math.floor(round((1 - hard_ratio) * (num - 1), 6))
         hard_T = teacher_log_not_target >= teacher_log_not_target.sort().values[rank]
-    num_hard = hard_T.sum()
+    num_hard = hard_T.sum().to(teacher_log_not_target.dtype)
     # The branch not taken may divide by an empty group.
     easy_share, hard_share = easy_weight * num / (num - num_hard), (1 - easy_weight) * num / num_hard
-    return torch.where(hard_T, hard_share, easy_share).to(teacher_log_not_target.dtype), hard_T
+    return torch.where(hard_T, hard_share, easy_share), hard_T
 
 
 def atkd(target_T: Tensor, divergence_T: Tensor, weights_T: Tensor, hard_T: Tensor) -> Tensor:
