@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tailcache.trainers import fused_head as fused_head_module
-from tailcache.trainers import linear_head
+from tailcache.trainers import linear_head, terms
 from tailcache.trainers.fused_loss import LossOfTerms, chunked_loss, fused_loss
 from tailcache.trainers.linear_head import LinearHead
+from tailcache.trainers.products import wide_dtype
 from tailcache.trainers.terms import StudentTerms, TeacherTerms, student_terms, weighted
 
 FUSED = ("one-pass", "recompute", "chunked")
@@ -82,24 +83,32 @@ class HeadCase:
         assert copies[1] is not None
         return self.with_leaves(copies[0], copies[1], copies[2])
 
-    def to(self, *args: Any) -> HeadCase:
-        """Head and hidden states in another type or on another device; targets follow to the device."""
+    def to(self, dtype: torch.dtype) -> HeadCase:
+        """Hidden states and head in another type, targets and fills in its wide one."""
+        wide = wide_dtype(dtype)
+        return self._mapped(lambda leaf: leaf.to(dtype), lambda other: other.to(wide))
 
-        def moved(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return value.to(*args) if value.is_floating_point() else value.to(value.new_empty(0).to(*args).device)
-            return value
-
-        teacher = replace(self.teacher, **{k: moved(v) for k, v in vars(self.teacher).items()})
-        bias = self.head.bias
-        case = self.with_leaves(
-            self.hidden.to(*args), self.head.weight.to(*args), None if bias is None else moved(bias)
-        )
-        return replace(case, teacher=teacher, fills={k: moved(v) for k, v in self.fills.items()})
+    def on(self, device: str) -> HeadCase:
+        """All of it on another device."""
+        return self._mapped(lambda leaf: leaf.to(device), lambda other: other.to(device))
 
     def rows(self, rows: slice) -> HeadCase:
-        """Some of the positions."""
-        return replace(self, hidden=self.hidden[rows], teacher=self.teacher.rows(rows))
+        """Some of the positions, with memory of their own."""
+        part = replace(self, hidden=self.hidden[rows], teacher=self.teacher.rows(rows))
+        return part._mapped(lambda leaf: leaf, lambda other: other.clone())
+
+    def _mapped(self, leaf: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor]) -> HeadCase:
+        def each(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            if value.is_floating_point():
+                return other(value)
+            return value.to(other(value.new_empty(0).double()).device, copy=True)
+
+        bias = self.head.bias
+        teacher = replace(self.teacher, **{name: each(value) for name, value in vars(self.teacher).items()})
+        case = self.with_leaves(leaf(self.hidden), leaf(self.head.weight), None if bias is None else leaf(bias))
+        return replace(case, teacher=teacher, fills={name: other(fill) for name, fill in self.fills.items()})
 
 
 def targets(
@@ -179,7 +188,7 @@ def head_case(
 
 
 def fill_of(name: str, teacher: TeacherTerms) -> Tensor:
-    """[V] float64 weights: `prior`, `uniform`; on the first position's head alone, or but for a share of 1e-14."""
+    """[V] float64 weights: `prior`, `uniform`; on the first position's head but for 0, 1e-14 or 1e-5."""
     vocab_size = teacher.vocab_size
     if name == "uniform":
         return torch.ones(vocab_size, dtype=torch.float64)
@@ -190,8 +199,8 @@ def fill_of(name: str, teacher: TeacherTerms) -> Tensor:
     on_head = torch.zeros(vocab_size, dtype=torch.float64).scatter(0, kept, 1.0)
     if name == "head":
         return on_head
-    if name == "faint":
-        return on_head + 1e-14 / ranks
+    if name in ("faint", "slight"):
+        return on_head + {"faint": 1e-14, "slight": 1e-5}[name] / ranks
     raise AssertionError(name)
 
 
@@ -204,7 +213,8 @@ def probe(case: HeadCase, seed: int = 7) -> LossOfTerms:
         return torch.randn((num, *shape), generator=generator, dtype=torch.float64).to(case.hidden.device)
 
     names = ["target", "not_target", "beyond", *(f"{each} {name}" for name in case.fills for each in ("with", "less"))]
-    by_name = {name: factors() for name in [*names, *map(str, case.temperatures)]}
+    by_name = {name: factors() for name in names}
+    tempered_Tn = factors(len(case.temperatures))
     head_TK, samples_Tm = factors(top_k), factors(num_samples)
 
     def loss(rows: slice, teacher: TeacherTerms, student: StudentTerms) -> Tensor:
@@ -221,9 +231,10 @@ def probe(case: HeadCase, seed: int = 7) -> LossOfTerms:
             second = second + part(f"with {name}", student.fill_logprobs[name])
             second = second + part(f"less {name}", student.fill_logprobs_not_target[name])
         third = student.log_beyond.exp() ** 2 + (student.logprobs.exp() * student.logprobs).sum(-1)
-        for temperature in case.temperatures:
-            tempered = student.tempered[temperature]
-            third = third + part(str(temperature), tempered.log_beyond) + tempered.logprobs.exp().square().sum(-1)
+        for index, tempered in enumerate(student.tempered.values()):
+            factor = tempered_Tn[rows, index].to(tempered.log_beyond.dtype)
+            third = third + factor * torch.where(tempered.log_beyond > -torch.inf, tempered.log_beyond, 0.0)
+            third = third + tempered.logprobs.exp().square().sum(-1)
         return torch.stack([first, second, third], dim=-1)
 
     return loss
@@ -267,7 +278,7 @@ def outcome(case: HeadCase, way: str, *, needed: Sequence[bool] = (), loss: Loss
 
 
 def assert_same(actual: Outcome, expected: Outcome, relative: float) -> None:
-    """Equal within a share of each tensor's largest entry, or of 1; shapes and types equal."""
+    """Equal within a share of each tensor's largest entry (the total: of the sum of its parts), or of 1; same types."""
     for name, mine, other in zip(Outcome._fields, actual, expected, strict=True):
         assert (mine is None) == (other is None), f"{name}: {mine} against {other}"
         if mine is None or other is None:
@@ -275,7 +286,9 @@ def assert_same(actual: Outcome, expected: Outcome, relative: float) -> None:
         assert (mine.shape, mine.dtype, mine.device) == (other.shape, other.dtype, other.device), name
         assert torch.isfinite(mine).all(), name
         if mine.numel():
-            error, size = float((mine - other).abs().max()), max(1.0, float(other.abs().max()))
+            # A total may cancel: what it may be off by goes with what it is a sum of.
+            size = float(expected.values.abs().sum() if name == "total" else other.abs().max())
+            error, size = float((mine - other).abs().max()), max(1.0, size)
             assert error <= relative * size, f"{name}: off by {error:.3g} where {size:.3g} is the largest"
 
 
@@ -289,15 +302,16 @@ def small_tiles(tile: int = 16, buffer_bytes: int = 1 << 12) -> Iterator[None]:
         yield
 
 
-class Largest(TorchDispatchMode):
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the largest memory that any operation made, also inside the package's own operators."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.num_bytes = 0
         self._inside: dict[Any, Callable[..., Any]] = {
             torch.ops.tailcache.head_terms.default: fused_head_module._head_terms._init_fn,
             torch.ops.tailcache.head_terms_backward.default: fused_head_module._head_terms_backward._init_fn,
+            torch.ops.tailcache.masses_off.default: terms._masses_off._init_fn,
         }
 
     def __torch_dispatch__(

@@ -67,26 +67,33 @@ def fused_loss(
       hidden_TD: [T, D] the head's input at the target positions.
       head: the head.
       teacher: the targets of the same positions.
-      loss: called with a slice of the positions and both sides' terms of them; returns [c, P], nats per position. It
-        must depend on those positions alone; what all positions decide together is worked out before.
+      loss: called with a slice of the positions and both sides' terms of them, autocast off; returns [c, P], nats per
+        position. It must be a function of those terms alone: whatever else it uses is a constant (a one-pass loss
+        sends no gradient there), and what all positions decide together is worked out before.
       coefficients_P: [P] constants.
       mode: see the module.
       fills: [V] weights by name; see ``student_terms``.
       temperatures: further temperatures; see ``student_terms``.
 
     Returns:
-      The total, a scalar that can be differentiated once, and the parts [T, P], which cannot.
+      The total, a scalar that can be differentiated once, with respect to hidden states, weight and bias; and the
+      parts [T, P], which cannot. Both in float32 (float64 if hidden states or weight are).
 
     Raises:
       MismatchError: shapes that do not belong together.
+      ConfigError: no such mode.
       RuntimeError: in the backward, if it is differentiated twice, or a one-pass loss is run backward twice.
+
+    Cost: one-pass: 6 T V D operations, the buffer of logits, and the gradients from forward to backward. Without
+    gradients, 2 T V D and the buffer. Recompute: see ``fused_head``.
     """
     fills = fills or {}
     if mode == "recompute":
         terms = fused_head(hidden_TD, head, teacher, fills=fills, temperatures=temperatures)
-        student = terms_from_head(terms, teacher, fills=fills, temperatures=temperatures)
-        values_TP = loss(slice(0, len(teacher)), teacher, student)
-        return (values_TP * coefficients_P.to(values_TP.dtype)).sum(), values_TP.detach()
+        with torch.autocast(device_type=hidden_TD.device.type, enabled=False):
+            student = terms_from_head(terms, teacher, fills=fills, temperatures=temperatures)
+            values_TP = loss(slice(0, len(teacher)), teacher, student)
+            return _total(values_TP, coefficients_P, len(teacher)), values_TP.detach()
     if mode != "one-pass":
         raise ConfigError(f"mode: expected 'one-pass' or 'recompute', found {mode!r}")
     check_head(hidden_TD, head, teacher)
@@ -99,7 +106,7 @@ def fused_loss(
         with torch.set_grad_enabled(wanted):
             terms = reduced.head_terms(rest_masses(fills, part, wide), wanted)
             values_cP = loss(rows, part, terms_from_head(terms, part, fills=fills, temperatures=temperatures))
-            total = (values_cP * coefficients_P.to(values_cP.dtype)).sum()
+            total = _total(values_cP, coefficients_P, len(part))
         return _Piece(values_cP.detach(), total.detach(), reduced.gradient(total) if wanted else None)
 
     return _run(hidden_TD, head, piece, buffers=1 + len(temperatures) + (head.soft_cap is not None))
@@ -113,17 +120,20 @@ def chunked_loss(
     Args:
       hidden_TD: [T, D] the head's input at the target positions.
       head: the head.
-      loss: called with a slice of the positions and their logits [c, V] (float32 or float64); returns [c, P], nats per
-        position, a function of those positions alone.
+      loss: called with a slice of the positions and their logits [c, V] (float32 or float64), autocast off; returns
+        [c, P], nats per position. It must be a function of those logits alone: whatever else it uses is a constant.
       coefficients_P: [P] constants.
       num_buffers: how many [c, V] tensors the loss is expected to hold; decides c.
 
     Returns:
-      The total, a scalar that can be differentiated once, and the parts [T, P], which cannot.
+      The total, a scalar that can be differentiated once, with respect to hidden states, weight and bias; and the
+      parts [T, P], which cannot.
 
     Raises:
       MismatchError: shapes that do not belong together.
       RuntimeError: in the backward, if it is differentiated or run twice.
+
+    Cost: as a one-pass ``fused_loss``, and what the loss itself takes.
     """
     if hidden_TD.dim() != 2 or hidden_TD.shape[1] != head.weight.shape[1]:
         raise MismatchError(
@@ -133,10 +143,22 @@ def chunked_loss(
     def piece(rows: slice, logits_cV: Tensor, wanted: bool) -> _Piece:
         with torch.set_grad_enabled(wanted):
             values_cP = loss(rows, logits_cV.requires_grad_(wanted))
-            total = (values_cP * coefficients_P.to(values_cP.dtype)).sum()
-        return _Piece(values_cP.detach(), total.detach(), gradients_of(total, [logits_cV])[0] if wanted else None)
+            total = _total(values_cP, coefficients_P, len(logits_cV))
+        gradient_cV = gradients_of(total, [logits_cV])[0] if wanted else None
+        # The values may be a view of the logits, whose buffer the next piece takes.
+        return _Piece(values_cP.detach().clone(), total.detach(), gradient_cV)
 
     return _run(hidden_TD, head, piece, buffers=num_buffers)
+
+
+def _total(values_cP: Tensor, coefficients_P: Tensor, num: int) -> Tensor:
+    """The sum over positions and parts; what would only fit by being broadcast is refused."""
+    if coefficients_P.dim() != 1 or values_cP.shape != (num, len(coefficients_P)):
+        raise MismatchError(
+            f"fused loss: expected [{num} positions, {coefficients_P.numel()} parts] from the loss, one part for each "
+            f"coefficient, found {list(values_cP.shape)} and coefficients {list(coefficients_P.shape)}"
+        )
+    return (values_cP * coefficients_P.to(values_cP.dtype)).sum()
 
 
 @dataclass(frozen=True)
@@ -146,7 +168,8 @@ class _Piece:
     Attributes:
       values: [c, P].
       total: scalar.
-      gradient: [c, V] of the total with respect to the logits; None where it was not wanted.
+      gradient: [c, V] of the total with respect to the logits, not to be written to (it may be one number, expanded);
+        None where it was not wanted.
     """
 
     values: Tensor
@@ -263,9 +286,7 @@ class _OnePass(torch.autograd.Function):
                 total += done.total
                 if done.gradient is None:
                     continue
-                gradient_cV = done.gradient if slope_cV is None else done.gradient.mul_(slope_cV)
-                if head.scale != 1.0:
-                    gradient_cV.mul_(head.scale)
+                gradient_cV = done.gradient if slope_cV is None else slope_cV.mul_(done.gradient)
                 for index, tile in enumerate(tiles):
                     if hidden_sum is not None:
                         add_product(hidden_sum[rows], gradient_cV[:, tile], logits.weight(tile), dtype)
@@ -280,25 +301,38 @@ class _OnePass(torch.autograd.Function):
             )
         values_TP = torch.cat(values)
         ctx.mark_non_differentiable(values_TP)
-        ctx.gradients = [
-            None if hidden_sum is None else hidden_sum.to(hidden_TD.dtype),
-            None if weight_sums is None else weight_sums.rounded(),
-            None if bias_sum is None or bias is None else bias_sum.to(bias.dtype),
-        ]
+        # These are with respect to h W^T + b: the scale is still to come, and so is what comes from above. Both are
+        # applied in the wide type, but for a narrow weight, whose sums would be as much again.
+        ctx.gradients = [hidden_sum, None if weight_sums is None else weight_sums.rounded(), bias_sum]
+        ctx.dtypes = [hidden_TD.dtype, weight.dtype, None if bias is None else bias.dtype]
+        ctx.scale = head.scale
         return total.to(wide), values_TP
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
         if ctx.gradients is None:
             raise RuntimeError(_AGAIN)
-        gradients, ctx.gradients = ctx.gradients, None
+        given, ctx.gradients = ctx.gradients, None
         with torch.no_grad():
-            gradients = [None if each is None else each.mul_(grad.to(each.dtype)) for each in gradients]
+            factor = grad * ctx.scale
+            gradients = [
+                None if each is None else _multiplied(each, factor).to(dtype)
+                for each, dtype in zip(given, ctx.dtypes, strict=True)
+            ]
         if torch.is_grad_enabled():  # create_graph=True: a second derivative may follow
             refuse: Any = _RefuseSecond.apply
             tie = torch.zeros((), device=grad.device, requires_grad=True)
             gradients = [None if each is None else refuse(each, tie) for each in gradients]
         return (*gradients, *[None] * 5)
+
+
+def _multiplied(gradient: Tensor, factor: Tensor) -> Tensor:
+    """A gradient times a scalar of the wide type, in place; the scalar is not rounded to a narrow gradient's type."""
+    if gradient.dtype == factor.dtype:
+        return gradient.mul_(factor)
+    for rows in vocabulary_tiles(len(gradient)):
+        gradient[rows] = (gradient[rows].to(factor.dtype) * factor).to(gradient.dtype)
+    return gradient
 
 
 class _RefuseSecond(torch.autograd.Function):

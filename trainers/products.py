@@ -42,13 +42,16 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def _bf16_factors() -> Iterator[None]:
-    """On a CPU, let float32 matrices be multiplied as bfloat16 ones; the sums stay float32.
+def _units_of(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """On a CPU, let float32 copies of bfloat16 values be multiplied as what they are; the sums stay float32.
 
     A setting of the process, put back at once: float32 products that another thread starts meanwhile may be rounded.
     """
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
+    if dtype != torch.bfloat16 or device.type != "cpu" or before == "bf16":
+        yield
+        return
     matmul.fp32_precision = "bf16"
     try:
         yield
@@ -62,8 +65,9 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     Args:
       a: [M, N] of any float type.
       b: [N, P], on the same device.
-      dtype: what the factors are rounded to. But bfloat16 on a CPU is what they *may* be rounded to: wider factors are
-        only where the CPU has units for bfloat16. Who wants the same result on every CPU rounds them before.
+      dtype: what the factors are meant to be in. Wider ones *may* be rounded to it, if it is bfloat16: they are where
+        there are units for that. They are never rounded to float16, which gradients would underflow in. Who wants the
+        same result everywhere rounds them before.
 
     Returns:
       [M, P], a tensor of its own.
@@ -71,16 +75,13 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     Cost: a copy of each factor that is not in the type of the units.
     """
     wide = wide_dtype(dtype)
+    narrow = dtype != wide and (dtype == torch.bfloat16 or a.dtype == b.dtype == dtype)
     with torch.autocast(device_type=a.device.type, enabled=False):
-        if dtype == wide:
-            return torch.mm(a.to(wide), b.to(wide))
-        if a.device.type == "cuda":
+        if narrow and a.device.type == "cuda":
             result: Tensor = torch.mm(a.to(dtype), b.to(dtype), out_dtype=wide)
             return result
-        if dtype == torch.bfloat16 and a.device.type == "cpu":
-            with _bf16_factors():
-                return torch.mm(a.to(wide), b.to(wide))
-        return torch.mm(a.to(dtype).to(wide), b.to(dtype).to(wide))
+        with _units_of(dtype, a.device):
+            return torch.mm(a.to(wide), b.to(wide))
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
@@ -92,13 +93,10 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> None
       b: [N, P].
       dtype: see ``product``.
 
-    Cost: as ``product``, and on a GPU, in 16 bits, one more [M, P].
+    Cost: as ``product``, and on a GPU one more [M, P].
     """
-    wide = wide_dtype(dtype)
-    if dtype == wide:
-        total.addmm_(a.to(wide), b.to(wide))
-    elif dtype == torch.bfloat16 and a.device.type == "cpu":
-        with _bf16_factors():
-            total.addmm_(a.to(wide), b.to(wide))
-    else:
+    if a.device.type == "cuda":
         total.add_(product(a, b, dtype))
+    else:
+        with _units_of(dtype, a.device):
+            total.addmm_(a.to(total.dtype), b.to(total.dtype))

@@ -195,26 +195,42 @@ def wanted_ids(teacher: TeacherTerms) -> tuple[Tensor, Tensor]:
 
 
 def fill_masses(fill: Tensor, teacher: TeacherTerms) -> Tensor:
-    """[T] float64, a fill's mass over V minus the top-K and minus the true next token.
+    """[T] float64, a fill's mass over V minus the top-K and minus the true next token; a constant.
 
     Args:
       fill: [V] or [T, V] weights >= 0.
       teacher: says which ids.
 
     Cost: K + 1 gathers per position; the whole row only where nearly all mass is on the excluded ids, since the
-    difference would have no digits left there.
+    difference would have no digits left there. Rows are then looked at a few at a time.
     """
     excluded_TE, _ = wanted_ids(teacher)
-    wide = fill.double()
-    total_T = wide.sum(-1).expand(len(teacher))
-    taken_TE = wide[excluded_TE] if fill.dim() == 1 else wide.gather(-1, excluded_TE)
-    in_head_T = teacher.is_target.any(-1)
-    mass_T = total_T - taken_TE[:, :-1].sum(-1) - torch.where(in_head_T, 0.0, taken_TE[:, -1])
-    lost_T = mass_T < 1e-9 * total_T
-    if bool(lost_T.any()):
-        rest = (wide.expand(int(lost_T.sum()), -1) if fill.dim() == 1 else wide[lost_T]).clone()
-        mass_T = mass_T.masked_scatter(lost_T, rest.scatter_(-1, excluded_TE[lost_T], 0.0).sum(-1))
+    mass_T: Tensor = _masses_off(fill, excluded_TE, teacher.is_target.any(-1))
     return mass_T
+
+
+_ROW_ELEMENTS = 1 << 22
+"""Weights looked at together where whole rows are."""
+
+
+@torch.library.custom_op("tailcache::masses_off", mutates_args=())
+def _masses_off(fill: Tensor, excluded_TE: Tensor, repeated_T: Tensor) -> Tensor:
+    """The mass off the excluded ids, the last of which may repeat one before; one operator for ``torch.compile``."""
+    wide = fill.double()
+    total_T = wide.sum(-1).expand(len(excluded_TE))
+    taken_TE = wide[excluded_TE] if fill.dim() == 1 else wide.gather(-1, excluded_TE)
+    mass_T = total_T - taken_TE[:, :-1].sum(-1) - torch.where(repeated_T, 0.0, taken_TE[:, -1])
+    # The difference is off by some 1e-16 of the total: how many digits it must keep is the fill's to say.
+    lost_U = (mass_T < total_T * (1e-2 if fill.dtype == torch.float64 else 1e-8)).nonzero()[:, 0]
+    for rows_u in torch.split(lost_U, max(1, _ROW_ELEMENTS // fill.shape[-1])):
+        rest_uV = wide.repeat(len(rows_u), 1) if fill.dim() == 1 else wide[rows_u]
+        mass_T[rows_u] = rest_uV.scatter_(-1, excluded_TE[rows_u], 0.0).sum(-1)
+    return mass_T
+
+
+@_masses_off.register_fake
+def _(fill: Tensor, excluded_TE: Tensor, repeated_T: Tensor) -> Tensor:
+    return fill.new_empty((excluded_TE.shape[0],), dtype=torch.float64)
 
 
 def terms_from_head(
