@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from tqdm import tqdm
 from tailcache.pipeline.config import CaptureConfig
 from tailcache.pipeline.draws import SAMPLING, draw_key, systematic_points
 from tailcache.pipeline.head import HeadSummary, summarise_logits
+from tailcache.pipeline.hidden import encode_hidden
 from tailcache.pipeline.load_teacher import load_teacher, load_teacher_tokenizer, model_revision
 from tailcache.pipeline.segments import batch_segments
 from tailcache.pipeline.teacher import Teacher
@@ -32,6 +33,7 @@ from tailcache.storage.codec import SCALARS
 from tailcache.storage.corpus import Corpus, Rows
 from tailcache.storage.errors import ConfigError, MismatchError, TeacherError
 from tailcache.storage.fingerprint import differing_components, fingerprint
+from tailcache.storage.hidden import HiddenKind, HiddenLayout
 from tailcache.storage.layout import Layout
 from tailcache.storage.reader import open_cache
 from tailcache.storage.targets import Targets, TargetsWriter, plan_layout
@@ -41,7 +43,7 @@ __all__ = ["CaptureReport", "capture", "capture_rows"]
 _WAITING_SHARDS = 2
 _CPU_HEAD_POSITIONS, _CPU_CACHE_BYTES = 256, 12 << 20
 _GPU_LOGIT_BYTES = 1 << 30
-_OPTIONAL = {"temperatures": ()}
+_OPTIONAL: dict[str, Any] = {"temperatures": (), "hidden": "none"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +69,14 @@ class _Records:
     tail_sum: NDArray[np.float64]
 
     @staticmethod
-    def empty(num: int, top_k: int, num_samples: int, num_temperatures: int, vocab_size: int) -> _Records:
-        floats = {name: np.full(num, np.nan, np.float32) for name in SCALARS}  # NaN: not filled, and found out
+    def empty(
+        num: int, top_k: int, num_samples: int, num_temperatures: int, vocab_size: int, hidden: HiddenLayout | None
+    ) -> _Records:
+        floats: dict[str, Any] = {name: np.full(num, np.nan, np.float32) for name in SCALARS}
+        if hidden is not None:
+            floats["hidden"] = np.zeros((num, hidden.width), hidden.dtype)
+            floats["hidden_scale"] = np.full(num, np.nan, np.float32)
+        # What is not filled stays NaN, and is found out.
         targets = Targets(
             token_ids=np.zeros((num, top_k), np.int32),
             logprobs=np.full((num, top_k), np.nan, np.float32),
@@ -81,6 +89,9 @@ class _Records:
     def fill(self, where: NDArray[np.int64], summary: HeadSummary) -> None:
         for name, values in vars(summary).items():
             getattr(self.targets, name)[where] = values.cpu().numpy()
+
+    def fill_hidden(self, where: NDArray[np.int64], hidden_TD: torch.Tensor, kind: HiddenKind) -> None:
+        self.targets.hidden[where], self.targets.hidden_scale[where] = encode_hidden(hidden_TD, kind)
 
 
 def _head_chunks(teacher: Teacher, head_positions: int | None) -> tuple[int, int]:
@@ -104,6 +115,7 @@ def capture_rows(
     top_k: int,
     num_samples: int,
     temperatures: tuple[float, ...] = (),
+    hidden: HiddenLayout | None = None,
     batch_positions: int,
     head_positions: int | None = None,
     progress: Callable[[int], object] | None = None,
@@ -118,6 +130,7 @@ def capture_rows(
       top_k: tokens kept.
       num_samples: draws from the tail.
       temperatures: further ones at which the tail is summed.
+      hidden: how to keep the hidden states; none: not at all.
       batch_positions: positions of a batch at most.
       head_positions: positions whose logits exist at a time.
       progress: called with the number of positions done, batch by batch.
@@ -126,10 +139,10 @@ def capture_rows(
       The targets in the corpus' order, and the [V] sum of their normalised tails.
 
     Raises:
-      TeacherError: logits that are not finite (names the row and the token).
+      TeacherError: logits or hidden states that are not finite (names the row and the token).
     """
     num = int(rows.supervised.sum())
-    records = _Records.empty(num, top_k, num_samples, len(temperatures), teacher.vocab_size)
+    records = _Records.empty(num, top_k, num_samples, len(temperatures), teacher.vocab_size, hidden)
     matmul, summary = _head_chunks(teacher, head_positions)
     device = teacher.device
     tail_sum_V: torch.Tensor | None = None
@@ -137,6 +150,8 @@ def capture_rows(
     for batch in batch_segments(rows, teacher.batch_limit(batch_positions)):
         hidden_BLD = teacher.hidden(torch.from_numpy(batch.input_ids).to(device))
         hidden_TD = hidden_BLD[torch.from_numpy(batch.segment).to(device), torch.from_numpy(batch.place).to(device)]
+        if hidden is not None:
+            records.fill_hidden(batch.target, hidden_TD, hidden.kind)
         next_T = torch.from_numpy(batch.next_token).to(device)
         points_Tm = torch.from_numpy(systematic_points(key, batch.target + first_target, num_samples)).to(device)
         for a in range(0, len(next_T), matmul):
@@ -173,15 +188,19 @@ def _check_finite(targets: Targets, rows: Rows) -> None:
     good = np.isfinite(targets.logprobs).all(axis=1) & np.isfinite(targets.log_target)
     good &= ~(np.isnan(targets.log_tail) | np.isnan(targets.tail_entropy) | np.isnan(targets.log_not_target))
     good &= ~np.isnan(targets.log_z_tail).any(axis=1)
-    if good.all():
+    _fail_where(~good, rows, "logits for every token of the vocabulary")
+    _fail_where(~np.isfinite(targets.hidden_scale), rows, "hidden states (within bfloat16's range for --hidden bf16)")
+
+
+def _fail_where(bad: NDArray[np.bool_], rows: Rows, expected: str) -> None:
+    if not bad.any():
         return
-    position = int(np.flatnonzero(rows.supervised)[np.flatnonzero(~good)[0]])
+    position = int(np.flatnonzero(rows.supervised)[np.flatnonzero(bad)[0]])
     row = int(np.searchsorted(rows.offsets, position, side="right")) - 1
     raise TeacherError(
-        f"row {rows.row_indices[row]}, token {position - rows.offsets[row]}: expected finite logits for every token of "
-        f"the vocabulary, found NaN, infinity or values below -1e30 ({int((~good).sum())} such positions in this "
-        "shard); try --dtype float32 or another --attn-implementation, and check the weights. Committed shards stay "
-        "good"
+        f"row {rows.row_indices[row]}, token {position - rows.offsets[row]}: expected finite {expected}, found NaN, "
+        f"infinity or values below -1e30 ({int(bad.sum())} such positions in this shard); try --dtype float32 or "
+        "another --attn-implementation, and check the weights. Committed shards stay good"
     )
 
 
@@ -300,7 +319,8 @@ def capture(config: CaptureConfig, *, teacher: Teacher | None = None, show_progr
 
     Raises:
       MismatchError: the tokenizer does not match, or a capture of this name has other settings (says which).
-      TeacherError: logits that are not finite, a head that is too narrow, or a device whose memory is.
+      TeacherError: logits or hidden states that are not finite, a head that is too narrow, one that is not all there
+        is to the logits where hidden states are to be kept, or a device whose memory is too small.
       StorageError: the disk is full or failing; committed shards stay good, and the same command continues.
     """
     if config.threads is not None:
@@ -334,6 +354,10 @@ def capture(config: CaptureConfig, *, teacher: Teacher | None = None, show_progr
         revision = model_revision(teacher, config.revision)
     _check_lengths(teacher, corpus)
     logits_note = teacher.probe(torch.from_numpy(corpus.rows(0, 1).tokens))
+    head = None
+    if config.hidden != "none":
+        head = teacher.stored_head()
+        layout = replace(layout, hidden=HiddenLayout.of(config.hidden, head))
     path = Path(config.teacher).expanduser()
     provenance = {
         "teacher": path.resolve().name if path.exists() else config.teacher,
@@ -342,8 +366,9 @@ def capture(config: CaptureConfig, *, teacher: Teacher | None = None, show_progr
         "tokenizer": tokenizer_note,
         "config": _resolved(config),
     }
+    settings = _settings(config, teacher)
     with TargetsWriter(
-        corpus, config.name, layout=layout, settings=_settings(config, teacher), provenance=provenance
+        corpus, config.name, layout=layout, settings=settings, provenance=provenance, head=head
     ) as writer:
         resumed = writer.num_committed
         start = time.perf_counter()
@@ -413,6 +438,7 @@ def _run(
                     top_k=layout.top_k,
                     num_samples=layout.num_samples,
                     temperatures=layout.temperatures,
+                    hidden=layout.hidden,
                     batch_positions=config.batch_positions,
                     head_positions=config.head_positions,
                     progress=advanced,

@@ -163,6 +163,12 @@ class CaptureConfig:
     """Further temperatures at which the mass beyond the top K is kept (`log_z_tail`, 4 bytes each before compression),
     such as 2 4: a student can then be trained at these temperatures exactly. Temperature 1 is always kept."""
 
+    hidden: Literal["none", "bf16", "int8"] = "none"
+    """Also keep the teacher's last hidden state at each position, and its head once: together its whole distribution,
+    for losses that need it, and for those that compare hidden states. bf16 takes 2 bytes times the hidden width a
+    position, and loses nothing of a teacher that runs in bfloat16; int8 takes half of that. Shards are held in memory:
+    --shard-positions lowers what that takes."""
+
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the model; auto is the checkpoint's own, and bfloat16 for GGUF. Logits are always float32."""
 

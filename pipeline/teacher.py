@@ -22,12 +22,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tailcache.pipeline.head import mask_padding, padded_width
+from tailcache.pipeline.hidden import bfloat16_bits
 from tailcache.storage.errors import TeacherError
+from tailcache.storage.hidden import HeadKind, StoredHead
 
 __all__ = ["ROUNDING", "Teacher", "head_of"]
 
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 1e-2}
 """Relative differences that a model's own rounding explains."""
+_HEAD_KINDS: dict[torch.dtype, HeadKind] = {
+    torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16",
+}  # fmt: skip
 _EXACT = 1e-4
 _WHOLE_LOGIT_BYTES = 1 << 30
 
@@ -186,6 +191,30 @@ class Teacher:
         if self._soft_cap:
             logits.div_(self._soft_cap).tanh_().mul_(self._soft_cap)
         return mask_padding(logits, self.vocab_size)
+
+    def stored_head(self) -> StoredHead:
+        """The head as a cache keeps it beside hidden states: real tokens only, in the weights' own type.
+
+        Raises:
+          TeacherError: the logits are more than a head's product (``probe`` has found that), so that hidden states and
+            head would not give them.
+        """
+        if self._head is None or not self.split:
+            raise TeacherError(
+                "hidden: expected a teacher whose logits are its last hidden state times a linear head, scaled and "
+                f"soft-capped as its configuration says; found that those of this {self.model.config.model_type} are "
+                "more than that, so hidden states would not give its distributions; capture it with --hidden none"
+            )
+        weight_VD = self._head.weight.detach()[: self.vocab_size]
+        bias_V = None if self._head.bias is None else self._head.bias.detach()[: self.vocab_size]
+        kind: HeadKind = _HEAD_KINDS[weight_VD.dtype]
+        return StoredHead(
+            weight=bfloat16_bits(weight_VD) if kind == "bfloat16" else weight_VD.contiguous().cpu().numpy(),
+            weight_kind=kind,
+            bias=None if bias_V is None else bias_V.float().cpu().numpy(),
+            scale=float(self._scale),
+            soft_cap=float(self._soft_cap) if self._soft_cap else None,
+        )
 
     @torch.inference_mode()
     def probe(self, input_ids: Tensor) -> str:

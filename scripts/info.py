@@ -103,6 +103,7 @@ def _teacher_info(inventory: TeacherInventory) -> dict[str, Any]:
         "top_k": layout.top_k,
         "num_samples": layout.num_samples,
         "temperatures": list(layout.temperatures),
+        "hidden": None if layout.hidden is None else layout.hidden.attributes(),
         "vocab_size": layout.vocab_size,
         "rows_per_shard": layout.rows_per_shard,
         "chunk_positions": layout.chunk,
@@ -142,6 +143,7 @@ def info_text(info: dict[str, Any]) -> str:
 
 
 def _teacher_lines(teacher: dict[str, Any]) -> list[str]:
+    hidden = teacher["hidden"]
     state = "complete" if teacher["complete"] else "NOT FINISHED: run the same `tailcache capture` again to continue"
     lines = [
         f"teacher {teacher['name']}: {state}",
@@ -149,6 +151,7 @@ def _teacher_lines(teacher: dict[str, Any]) -> list[str]:
         f"  positions         {teacher['positions_committed']:>14,}   of {teacher['positions']:,}",
         f"  kept              K = {teacher['top_k']}, {teacher['num_samples']} tail samples"
         + "".join(f", temperature {tau:g}" for tau in teacher["temperatures"])
+        + ("" if hidden is None else f", hidden states {hidden['kind']} x {hidden['width']:,}")
         + f", vocabulary {teacher['vocab_size']:,}",
         f"  settings          {_short(teacher['settings'])}",
         f"  provenance        {_short(teacher['provenance'])}",

@@ -50,6 +50,8 @@ class ArraySpec:
     shuffle: str = "shuffle"
     meaning: str = ""
     """One line for the array's attributes."""
+    dimensions: tuple[str, str] = ("position", "rank")
+    """Names of the axes; the second only where there are columns."""
 
     def _create(self, store: MemoryStore, length: int) -> zarr.Array[Any]:
         trailing = () if self.columns is None else (self.columns,)
@@ -73,7 +75,7 @@ class ArraySpec:
             fill_value=0,
             config={"write_empty_chunks": True},  # so that an object that is not there is damage, never data
             attributes={"meaning": self.meaning},
-            dimension_names=("position",) if self.columns is None else ("position", "rank"),
+            dimension_names=self.dimensions[: 1 + len(trailing)],
         )
 
     def metadata(self, length: int) -> bytes:
@@ -85,6 +87,10 @@ class ArraySpec:
     def object_path(self, shard: int) -> str:
         """Where a shard object lies, relative to the group."""
         return f"{self.name}/c/{shard}" + ("" if self.columns is None else "/0")
+
+    def num_objects(self, length: int) -> int:
+        """Objects of an array of some length of the leading axis."""
+        return -(-length // self.shard)
 
     def encode(self, values: NDArray[Any]) -> bytes | None:
         """One shard object.

@@ -18,7 +18,7 @@ Tail samples are a set, so they are sorted by rank and stored as differences too
 other temperatures where there are any, are float32 with the last ten bits of the mantissa rounded away (relative
 error at most 2^-14).
 
-Legend: T positions, K kept tokens, m samples, V vocabulary, n further temperatures.
+Legend: T positions, K kept tokens, m samples, V vocabulary, n further temperatures, D hidden width.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tailcache.storage.errors import CorruptError, TeacherError
+from tailcache.storage.hidden import StoredHidden, finite_bfloat16
 
 __all__ = [
     "KL_BUDGET",
@@ -49,7 +50,7 @@ MAX_STEP = 1 / 4
 _KEPT_MANTISSA = 13
 _DECODE_POSITIONS = 1024  # so that a block's arrays stay in the processor's cache
 SCALARS = ("log_tail", "tail_entropy", "log_target", "log_not_target")
-OPTIONAL = {"log_z_tail": "--temperatures"}
+OPTIONAL = {"log_z_tail": "--temperatures", "hidden": "--hidden"}
 """Fields that are captured and read only if asked for, and the setting of capture that asks."""
 
 
@@ -77,10 +78,21 @@ class Targets:
     log_z_tail: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
     """Optional: [T, n] log of the sum of p^(1/tau) over the other tokens, at the n temperatures tau of the layout; -inf
     where there are none. p is normalised over the whole vocabulary, at temperature 1."""
+    hidden: StoredHidden = field(default_factory=lambda: np.empty((0, 0), np.uint16))
+    """Optional: [T, D] the last hidden state as it is stored: uint16, the bits of bfloat16, or int8; see
+    ``storage.hidden``."""
+    hidden_scale: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    """[T] what an int8 hidden state is to be multiplied with; 1 for any other, and where there is none."""
 
     def __post_init__(self) -> None:
-        if len(self.log_z_tail) != len(self) and self.log_z_tail.size == 0:
-            object.__setattr__(self, "log_z_tail", np.empty((len(self), 0), np.float32))
+        """Give optional fields that were left out their length: no columns, and scales of 1."""
+        num = len(self)
+        for name in OPTIONAL:
+            values = getattr(self, name)
+            if values.size == 0 and len(values) != num:
+                object.__setattr__(self, name, np.empty((num, 0), values.dtype))
+        if self.hidden_scale.size == 0 and num:
+            object.__setattr__(self, "hidden_scale", np.ones(num, np.float32))
 
     def __len__(self) -> int:
         return len(self.log_tail)
@@ -172,7 +184,7 @@ class Codec:
 
         Raises:
           TeacherError: a log-probability is not finite or above 0, the tokens are not most likely first, the tail
-            has all of the mass, or a scalar is NaN, or a sum at another temperature.
+            has all of the mass, or a scalar, a sum at another temperature or a hidden state is not a number.
         """
         logprobs = targets.logprobs
         head_scale = targets.log_tail
@@ -181,12 +193,18 @@ class Codec:
         for name in SCALARS[1:]:
             bad |= np.isnan(getattr(targets, name))
         bad |= np.isnan(targets.log_z_tail).any(axis=1)
+        bad |= ~(np.isfinite(targets.hidden_scale) & (targets.hidden_scale >= 0))
+        for first in range(0, len(targets) if targets.hidden.dtype == np.uint16 else 0, _DECODE_POSITIONS):
+            part = slice(first, first + _DECODE_POSITIONS)
+            bad[part] |= ~finite_bfloat16(targets.hidden[part].view(np.uint16))
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
             raise TeacherError(
                 f"target {row} of those to be stored: expected finite log-probabilities, at most 0, most likely "
-                f"first, a log tail below 0 and no NaN; found {logprobs[row][:8]} … with "
-                + ", ".join(f"{name} {getattr(targets, name)[row]}" for name in (*SCALARS, "log_z_tail"))
+                f"first, a log tail below 0, finite hidden states and no NaN; found {logprobs[row][:8]} … with "
+                + ", ".join(
+                    f"{name} {getattr(targets, name)[row]}" for name in (*SCALARS, "log_z_tail", "hidden_scale")
+                )
             )
         levels = np.searchsorted(self._midpoints, np.maximum(-logprobs, 0)).astype(np.int64)
         gaps = np.diff(levels, axis=1, prepend=0)
@@ -206,6 +224,10 @@ class Codec:
             encoded["tail_sample_codes"] = np.diff(samples, axis=1, prepend=0).astype(self.id_type)
         if targets.log_z_tail.shape[1]:
             encoded["log_z_tail"] = round_mantissa(targets.log_z_tail)
+        if targets.hidden.shape[1]:
+            encoded["hidden"] = targets.hidden
+            if targets.hidden.dtype == np.int8:
+                encoded["hidden_scale"] = targets.hidden_scale
         return encoded
 
     def decode(self, stored: dict[str, NDArray[np.generic]], where: str = "targets") -> Targets:
@@ -214,7 +236,7 @@ class Codec:
         Raises:
           CorruptError: a code lies outside its table (the checksums matched, so it was written so).
         """
-        scalars = {name: stored[name].astype(np.float32, copy=False) for name in SCALARS}
+        scalars: dict[str, Any] = {name: stored[name].astype(np.float32, copy=False) for name in SCALARS}
         num, top_k = stored["token_codes"].shape
         samples = stored.get("tail_sample_codes")
         token_ids = np.empty((num, top_k), np.int32)
@@ -230,7 +252,7 @@ class Codec:
                 ranks_Tm = np.cumsum(np.ascontiguousarray(samples[part]), axis=1, dtype=np.intp)
                 self._check(ranks_Tm[:, -1], len(self._token_of_rank), f"{where}, tail_sample_codes")
                 np.take(self._token_of_rank, ranks_Tm, out=tail_samples[part], mode="clip")
-        optional: dict[str, Any] = {name: stored[name] for name in OPTIONAL if name in stored}
+        optional: dict[str, Any] = {name: stored[name] for name in (*OPTIONAL, "hidden_scale") if name in stored}
         return Targets(token_ids=token_ids, logprobs=logprobs, tail_samples=tail_samples, **scalars, **optional)
 
     def _decode_logprobs(

@@ -102,7 +102,13 @@ def teacher_inventory(corpus: Corpus, name: str) -> TeacherInventory:
         committed_shards=committed,
         positions=positions,
         field_bytes=field_bytes,
-        constant_bytes={n: _size(path / spec.object_path(0)) for n, spec in layout.constants().items()},
+        constant_bytes={
+            name: sum(
+                _size(path / spec.object_path(number))
+                for number in range(spec.num_objects(layout.constant_length(name)))
+            )
+            for name, spec in layout.constants().items()
+        },
         record_bytes=record_bytes,
     )
 

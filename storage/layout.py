@@ -9,6 +9,8 @@
       log_tail, tail_entropy, log_target, log_not_target   [S] float32
       tail_sample_codes       [S, m] uint16/32  absent where m = 0
       log_z_tail              [S, n] float32    optional
+      hidden                  [S, D] uint16/int8, and for int8 hidden_scale [S] float32    optional
+      head_weight, head_bias  [V, D], [V]       constants, with ``hidden``
       mean_tail               [V] float32       constant, written when the last shard is in
       manifest.json           sealed: settings, provenance, checksums of metadata and constants
       commits/SHARD.json      sealed: a shard exists if and only if its commit record does
@@ -18,25 +20,32 @@ A shard is ``rows_per_shard`` consecutive rows and owns ``shard_slots`` slots of
 shard's targets need. The slots it does not need are not stored. So the slot of a target follows from its row
 by arithmetic, and no index has to be read, listed or kept.
 
-Legend: S slots, K kept tokens, m samples, V vocabulary, L levels, n further temperatures.
+Legend: S slots, K kept tokens, m samples, V vocabulary, L levels, n further temperatures,
+D hidden width.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from tailcache.storage.arrays import ArraySpec
 from tailcache.storage.codec import SCALARS, Codec
 from tailcache.storage.errors import ConfigError, FormatError
+from tailcache.storage.hidden import HiddenLayout
 
 __all__ = ["TARGETS_FORMAT", "TARGETS_VERSION", "Layout", "check_name", "check_temperatures", "commit_path"]
 
 TARGETS_FORMAT = "tailcache targets"
 TARGETS_VERSION = 1
-_CONSTANT_SHARD = 1 << 22
+_CONSTANT_SHARD, _CONSTANT_CHUNK = 1 << 22, 1 << 16
+_NOISE_LEVEL = 1  # of the compressor, for what is nearly noise: more would cost time and save nothing
+_SIZES = (
+    "vocab_size", "top_k", "num_samples", "num_levels", "num_rows", "num_positions", "rows_per_shard", "shard_slots",
+    "chunk", "compression_level",
+)  # fmt: skip
 _TEMPERATURES = (1e-3, 1e3)  # far beyond these, logits over tau overflow float32, or masked ones count
 
 
@@ -58,6 +67,8 @@ class Layout:
     compression_level: int
     temperatures: tuple[float, ...] = ()
     """Further temperatures of ``log_z_tail``, a column each; without any there is no such array."""
+    hidden: HiddenLayout | None = None
+    """How hidden states are stored; none where they are not."""
 
     @property
     def num_shards(self) -> int:
@@ -71,10 +82,11 @@ class Layout:
 
     def attributes(self) -> dict[str, Any]:
         """What the group's ``zarr.json`` says under the key ``tailcache``."""
-        values = asdict(self)
-        temperatures = list(values.pop("temperatures"))
-        optional = {"temperatures": temperatures} if temperatures else {}
-        return {"format": TARGETS_FORMAT, "format_version": TARGETS_VERSION, **values, **optional}
+        optional: dict[str, Any] = {"temperatures": list(self.temperatures)} if self.temperatures else {}
+        if self.hidden is not None:
+            optional["hidden"] = self.hidden.attributes()
+        sizes = {name: getattr(self, name) for name in _SIZES}
+        return {"format": TARGETS_FORMAT, "format_version": TARGETS_VERSION, **sizes, **optional}
 
     @staticmethod
     def from_attributes(attributes: dict[str, Any], where: str) -> Layout:
@@ -90,17 +102,23 @@ class Layout:
                 f"{where}: expected format version {TARGETS_VERSION}, found {attributes.get('format_version')!r}; "
                 "install the version of tailcache that wrote it"
             )
-        names = [f.name for f in fields(Layout) if f.name != "temperatures"]
         smallest = {"num_samples": 0}
-        for name in names:
+        for name in _SIZES:
             value = attributes.get(name)
             if type(value) is not int or not smallest.get(name, 1) <= value < 1 << 53:
                 raise FormatError(f"{where}: expected a whole number for {name!r}, found {value!r}")
         temperatures = attributes.get("temperatures", [])
-        problem = check_temperatures(temperatures if isinstance(temperatures, list) else [temperatures])
+        is_list = isinstance(temperatures, list)
+        problem = check_temperatures(temperatures) if is_list else f"expected a list, found {temperatures!r}"
         if problem:
             raise FormatError(f"{where}: 'temperatures': {problem}")
-        layout = Layout(**{name: attributes[name] for name in names}, temperatures=tuple(map(float, temperatures)))
+        hidden = attributes.get("hidden")
+        try:
+            stored = None if hidden is None else HiddenLayout.from_attributes(hidden)
+        except ValueError as error:
+            raise FormatError(f"{where}: 'hidden': {error}") from None
+        sizes = {name: attributes[name] for name in _SIZES}
+        layout = Layout(**sizes, temperatures=tuple(map(float, temperatures)), hidden=stored)
         if layout.top_k > layout.vocab_size or layout.shard_slots % layout.chunk:
             raise FormatError(f"{where}: sizes that contradict each other: {layout}")
         return layout
@@ -110,11 +128,17 @@ class Layout:
         id_type, gap_type = Codec.id_type_for(self.vocab_size), Codec.gap_type_for(self.num_levels)
 
         def spec(
-            name: str, dtype: str, meaning: str, columns: int | None = None, transposed: bool = False
+            name: str,
+            dtype: str,
+            meaning: str,
+            columns: int | None = None,
+            transposed: bool = False,
+            level: int | None = None,
+            second: str = "rank",
         ) -> ArraySpec:
             return ArraySpec(
-                name=name, dtype=dtype, columns=columns, column_major=transposed, meaning=meaning,
-                chunk=self.chunk, shard=self.shard_slots, level=self.compression_level,
+                name=name, dtype=dtype, columns=columns, column_major=transposed, meaning=meaning, chunk=self.chunk,
+                shard=self.shard_slots, level=level or self.compression_level, dimensions=("position", second),
             )  # fmt: skip
 
         meanings = {
@@ -148,23 +172,49 @@ class Layout:
             )  # fmt: skip
         if self.temperatures:
             meaning = "nats, log of the sum of p^(1/tau) outside the top-K, for each of the temperatures tau"
-            specs.append(spec("log_z_tail", "float32", meaning, len(self.temperatures), transposed=True))
+            number = len(self.temperatures)
+            specs.append(spec("log_z_tail", "float32", meaning, number, transposed=True, second="temperature"))
+        if self.hidden is not None:
+            of = self.hidden
+            meaning = {
+                "bf16": "the last hidden state, bits of bfloat16",
+                "int8": "the last hidden state, divided by its scale",
+            }[of.kind]
+            specs.append(spec("hidden", of.dtype, meaning, of.width, level=_NOISE_LEVEL, second="feature"))
+            if of.kind == "int8":
+                specs.append(spec("hidden_scale", "float32", "what the last hidden state is to be multiplied with"))
         return {s.name: s for s in specs}
 
     def constants(self) -> dict[str, ArraySpec]:
         """The arrays that exist once per teacher, by name."""
 
         def spec(name: str, dtype: str, meaning: str) -> ArraySpec:
-            return ArraySpec(name=name, dtype=dtype, chunk=1 << 16, shard=_CONSTANT_SHARD, meaning=meaning)
+            return ArraySpec(name=name, dtype=dtype, chunk=_CONSTANT_CHUNK, shard=_CONSTANT_SHARD, meaning=meaning)
 
-        return {
+        constants = {
             "vocabulary_order": spec("vocabulary_order", "uint32", "the token id of each rank"),
             "logprob_levels": spec("logprob_levels", "float32", "nats, minus log-probability of each level"),
             "mean_tail": spec("mean_tail", "float32", "probability, mean of the normalised tails over all positions"),
         }
+        if self.hidden is not None:
+            rows = max(1, _CONSTANT_CHUNK // self.hidden.width)
+            constants["head_weight"] = ArraySpec(
+                name="head_weight",
+                dtype=self.hidden.head_dtype,
+                columns=self.hidden.width,
+                chunk=rows,
+                shard=rows * (_CONSTANT_SHARD // _CONSTANT_CHUNK),
+                level=_NOISE_LEVEL,
+                meaning=f"the head's weights, {self.hidden.head_kind}"
+                + (" bits" * (self.hidden.head_dtype == "uint16")),
+                dimensions=("token", "feature"),
+            )
+            if self.hidden.head_bias:
+                constants["head_bias"] = spec("head_bias", "float32", "what the head adds to the logit of each token")
+        return constants
 
     def constant_length(self, name: str) -> int:
-        """Number of elements of a constant."""
+        """Number of elements of a constant's leading axis."""
         return self.num_levels if name == "logprob_levels" else self.vocab_size
 
 

@@ -24,13 +24,14 @@ from tailcache.storage.codec import OPTIONAL, Targets
 from tailcache.storage.corpus import Corpus, Rows
 from tailcache.storage.durable import read_checked, sha256
 from tailcache.storage.errors import ConfigError, CorruptError, IncompleteError, MismatchError, NotFoundError
+from tailcache.storage.hidden import StoredHead
 from tailcache.storage.layout import Layout, check_name, commit_path
 from tailcache.storage.objects import read_object
 from tailcache.storage.order import shuffled_windows
 from tailcache.storage.sealed import unseal
 from tailcache.storage.targets import load_codec
 
-__all__ = ["Cache", "Teacher", "open_cache"]
+__all__ = ["Cache", "StoredHead", "Teacher", "open_cache"]
 
 _READ_THREADS = 2
 _MAX_GAP_ROWS = 8  # rows read and dropped rather than starting another read
@@ -81,6 +82,7 @@ class Teacher:
     Attributes:
       top_k, num_samples, vocab_size, num_targets: its sizes: K, m, V and T.
       temperatures: of the columns of ``log_z_tail``; empty where that was not captured.
+      hidden_kind, hidden_width: of ``hidden``: "bf16" or "int8", and D; "none" and 0 where that was not captured.
       optional: the optional fields that were captured; reading takes those that it is asked for.
     """
 
@@ -119,6 +121,9 @@ class Teacher:
         self.top_k, self.num_samples = self.layout.top_k, self.layout.num_samples
         self.vocab_size, self.num_targets = self.layout.vocab_size, self.layout.num_positions
         self.temperatures = self.layout.temperatures
+        hidden = self.layout.hidden
+        self.hidden_kind = "none" if hidden is None else hidden.kind
+        self.hidden_width = 0 if hidden is None else hidden.width
         self._fields = self.layout.fields()
         self.optional = tuple(name for name in OPTIONAL if name in self._fields)
         self._checked: set[tuple[int, str]] = set()
@@ -141,6 +146,42 @@ class Teacher:
         for file in ("mean_tail/zarr.json", self.layout.constants()["mean_tail"].object_path(0)):
             read_checked(self.path / file, known.get(file))
         return read_slice(open_array(self.path / "mean_tail"), 0, self.vocab_size, lambda: f"{self.path}, mean_tail")
+
+    def head(self) -> StoredHead:
+        """The teacher's head, for its whole distribution: ``head.logits(hidden_float32(hidden, hidden_scale))``.
+
+        Raises:
+          ConfigError: hidden states were not captured.
+          CorruptError: a file of it is missing or damaged.
+
+        Cost: reads and checks all of it at every call, V x D numbers; keep it rather than asking twice.
+        """
+        hidden = self.layout.hidden
+        if hidden is None:
+            raise ConfigError(
+                f"teacher {self.name!r}: expected a stored head, found none; capture this teacher again with "
+                f"{OPTIONAL['hidden']}"
+            )
+        return StoredHead(
+            weight=self._constant("head_weight"),
+            weight_kind=hidden.head_kind,
+            bias=self._constant("head_bias") if hidden.head_bias else None,
+            scale=hidden.logit_scale,
+            soft_cap=hidden.soft_cap,
+        )
+
+    def _constant(self, name: str) -> NDArray[Any]:
+        """A constant of any number of objects, each against its hash; one object at a time beside the result."""
+        spec, length = self.layout.constants()[name], self.layout.constant_length(name)
+        known = self.manifest["files"]
+        read_checked(self.path / name / "zarr.json", known.get(f"{name}/zarr.json"))
+        values = np.empty((length,) if spec.columns is None else (length, spec.columns), spec.dtype)
+        for number in range(spec.num_objects(length)):
+            file = spec.object_path(number)
+            read_checked(self.path / file, known.get(file))
+            part = values[number * spec.shard : (number + 1) * spec.shard]
+            part[:] = read_object(self.path / file, spec, 0, len(part), f"teacher {self.name!r}, {name}")
+        return values
 
     @cached_property
     def _shard_starts(self) -> NDArray[np.int64]:
@@ -175,7 +216,8 @@ class Teacher:
                     f"teacher {self.name!r}: expected the optional field {name}, found that it was not stored; capture "
                     f"this teacher again with {OPTIONAL[name]}"
                 )
-        return [name for name in self._fields if name not in OPTIONAL or name in optional]
+        also = {*optional, "hidden_scale"} if "hidden" in optional else set(optional)
+        return [name for name in self._fields if name not in (*OPTIONAL, "hidden_scale") or name in also]
 
     def _touch(self, shard: int, names: list[str]) -> None:
         if all((shard, name) in self._checked for name in names):

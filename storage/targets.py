@@ -25,6 +25,7 @@ from tailcache.storage.arrays import group_metadata, open_array, read_slice
 from tailcache.storage.codec import Codec, Targets, logprob_levels, vocabulary_order
 from tailcache.storage.corpus import Corpus
 from tailcache.storage.errors import ConfigError, CorruptError, MismatchError, StorageError
+from tailcache.storage.hidden import HiddenLayout, StoredHead
 from tailcache.storage.layout import Layout, check_name, check_temperatures, commit_path
 from tailcache.storage.sealed import seal, unseal
 
@@ -102,6 +103,7 @@ class TargetsWriter:
       settings: everything that decides the content (JSON values). A capture of the same name is continued only
         if all of it is equal.
       provenance: what else should be known of how it was made; deterministic JSON values.
+      head: the teacher's head where the layout has hidden states, none otherwise.
 
     Raises:
       MismatchError: a capture of this name exists with other settings, or another process is writing it.
@@ -116,10 +118,16 @@ class TargetsWriter:
         layout: Layout,
         settings: dict[str, Any],
         provenance: dict[str, Any] | None = None,
+        head: StoredHead | None = None,
     ) -> None:
+        given = None if head is None else HiddenLayout.of(layout.hidden.kind if layout.hidden else "bf16", head)
+        if layout.hidden != given or (head is not None and len(head.weight) != layout.vocab_size):
+            rows = 0 if head is None else len(head.weight)
+            raise ValueError(f"expected a head as the layout has it, {layout.hidden}, found {given} of {rows} tokens")
         self.path = corpus.path.parent / "teachers" / check_name(name)
         self.layout = layout
         self._corpus = corpus
+        self._head = head
         self._identity = {
             "name": name,
             "corpus_hash": corpus.hash,
@@ -289,28 +297,29 @@ class TargetsWriter:
         """Write the metadata and constants; the manifest, last, makes the capture exist."""
         levels = logprob_levels(self.layout.top_k)
         order = vocabulary_order(targets.token_ids, self._corpus.token_counts)
-        files = {"zarr.json": group_metadata({"tailcache": self.layout.attributes()})}
+        files: dict[str, str] = {}
+
+        def write(name: str, data: bytes) -> None:
+            self._write_checked(name, data)
+            files[name] = durable.sha256(data)
+
+        write("zarr.json", group_metadata({"tailcache": self.layout.attributes()}))
         slots = self.layout.num_shards * self.layout.shard_slots
         for spec in self.layout.fields().values():
-            files[f"{spec.name}/zarr.json"] = spec.metadata(slots)
-        constants: dict[str, NDArray[Any] | None] = {
-            "vocabulary_order": order,
-            "logprob_levels": levels,
-            "mean_tail": None,
-        }
-        for name, values in constants.items():
-            spec = self.layout.constants()[name]
-            files[f"{name}/zarr.json"] = spec.metadata(self.layout.constant_length(name))
-            data = None if values is None else spec.encode(values)
-            if data is not None:
-                files[spec.object_path(0)] = data
-        for name, data in files.items():
-            self._write_checked(name, data)
-        manifest = {
-            **self._identity,
-            "provenance": self._provenance,
-            "files": {name: durable.sha256(data) for name, data in files.items()},
-        }
+            write(f"{spec.name}/zarr.json", spec.metadata(slots))
+        values: dict[str, NDArray[Any]] = {"vocabulary_order": order, "logprob_levels": levels}
+        if self._head is not None:
+            values["head_weight"] = self._head.weight
+            if self._head.bias is not None:
+                values["head_bias"] = self._head.bias
+        for name, spec in self.layout.constants().items():
+            write(f"{name}/zarr.json", spec.metadata(self.layout.constant_length(name)))
+            stored = values.get(name, np.empty(0, spec.dtype))  # the mean tail is known when all shards are in
+            for number in range(spec.num_objects(len(stored))):
+                data = spec.encode(stored[number * spec.shard : (number + 1) * spec.shard])
+                assert data is not None
+                write(spec.object_path(number), data)
+        manifest = {**self._identity, "provenance": self._provenance, "files": files}
         sealed = seal(manifest)
         durable.write_file(self.path / "manifest.json", sealed)
         self._manifest_seal, self._codec = durable.sha256(sealed), Codec(order, levels)

@@ -9,32 +9,27 @@ a file that none of them knows is reported too. Then the values are decoded and 
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tailcache.storage import durable
-from tailcache.storage.alignment import next_tokens, supervise_next, target_positions
-from tailcache.storage.codec import SCALARS, Targets
-from tailcache.storage.corpus import Corpus, Rows
+from tailcache.storage.alignment import supervise_next
+from tailcache.storage.corpus import Corpus
 from tailcache.storage.errors import NotFoundError, TailcacheError
 from tailcache.storage.layout import Layout, commit_path
 from tailcache.storage.reader import Teacher
 from tailcache.storage.sealed import canonical, unseal
 from tailcache.storage.targets import commit_chain
+from tailcache.storage.verify_targets import teacher_problems
 
 __all__ = ["Fault", "verify"]
 
 _READ = 1 << 22
 _BLOCK_TOKENS = 1 << 20
-_BLOCK_POSITIONS = 1 << 15
-_RELATIVE = 2.0**-12  # four times the codec's rounding of a scalar
-_LEVEL_SLACK = 0.26  # nats; half of the widest step up and down
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +232,7 @@ class _Check:
         assert self._corpus is not None
         try:
             teacher = Teacher(self._corpus, folder.name)
-            for shard, problem in _teacher_problems(teacher):
+            for shard, problem in teacher_problems(teacher):
                 self._fault(folder, problem, shard)
         except TailcacheError as error:
             self._fault(folder, str(error))
@@ -310,112 +305,3 @@ def _row_blocks(corpus: Corpus) -> Iterator[tuple[int, int]]:
     size = max(1, _BLOCK_TOKENS * corpus.num_rows // max(1, corpus.num_tokens))
     for first in range(0, corpus.num_rows, size):
         yield first, min(first + size, corpus.num_rows)
-
-
-def _teacher_problems(teacher: Teacher) -> Iterator[tuple[int | None, str]]:
-    """Decode every target and check the fields against each other and against the corpus."""
-    layout, corpus = teacher.layout, teacher.corpus
-    mean = teacher.mean_tail
-    if (mean < 0).any() or (layout.top_k < layout.vocab_size and abs(float(mean.sum(dtype=np.float64)) - 1) > 1e-3):
-        yield None, f"mean_tail: expected probabilities that sum to 1, found {mean.sum()}"
-    total = 0
-    step = max(1, _BLOCK_POSITIONS * corpus.num_rows // max(1, corpus.num_targets))
-    for shard in range(layout.num_shards):
-        first, last = layout.shard_rows(shard)
-        found = 0
-        sums = {"log_target": 0.0, "tail_mass": 0.0}
-        for a in range(first, last, step):
-            b = min(a + step, last)
-            rows, targets = corpus.rows(a, b), teacher.rows(a, b, optional=teacher.optional)
-            found += len(targets)
-            sums["log_target"] += float(targets.log_target.sum(dtype=np.float64))
-            sums["tail_mass"] += float(np.exp(targets.log_tail.astype(np.float64)).sum())
-            for problem in itertools.chain(
-                _target_problems(targets, rows, layout), _tempered_problems(targets, layout)
-            ):
-                yield shard, f"rows [{a}, {b}): {problem}"
-        record = teacher.commit(shard)
-        if record["positions"] != found:
-            yield shard, f"expected {record['positions']} positions, found {found}"
-        for name, value in sums.items():
-            if abs(value - record["sums"][name]) > 1e-3 * (1 + abs(value)):
-                yield shard, f"sum of {name}: stored {record['sums'][name]}, computed {value}"
-        total += found
-    if total != teacher.num_targets:
-        yield None, f"expected {teacher.num_targets} positions, found {total}"
-
-
-def _target_problems(targets: Targets, rows: Rows, layout: Layout) -> Iterator[str]:
-    if len(targets) == 0:
-        return
-    in_order = np.sort(targets.token_ids, axis=1)
-    if (np.diff(in_order, axis=1) == 0).any():
-        yield "a token twice in one top-K"
-    if (np.diff(targets.logprobs, axis=1) > 0).any():
-        yield "log-probabilities that are not most likely first"
-    if targets.num_samples and _any_member(targets.tail_samples, in_order, layout.vocab_size):
-        yield "a tail sample that is one of the top-K"
-    for name in SCALARS:
-        values = getattr(targets, name)
-        if np.isnan(values).any() or (name != "tail_entropy" and (values > 0).any()):
-            yield f"{name}: expected logs of probabilities, found {values[np.isnan(values) | (values > 0)][:3]}"
-    tail = layout.vocab_size - layout.top_k
-    largest = np.log(tail) if tail else 0.0
-    if (targets.tail_entropy < -1e-3).any() or (targets.tail_entropy > largest * (1 + _RELATIVE) + 1e-3).any():
-        yield f"tail_entropy: expected 0 to log({tail}) nats, found up to {targets.tail_entropy.max()}"
-    if np.isneginf(targets.log_tail).any() != (tail == 0):
-        yield "log_tail: expected -inf exactly where the top-K is the whole vocabulary"
-    mass = np.exp(targets.log_target.astype(np.float64)) + np.exp(targets.log_not_target.astype(np.float64))
-    if (np.abs(mass - 1) > _RELATIVE).any():
-        yield f"log_target and log_not_target: expected masses that sum to 1, found {mass[np.argmax(np.abs(mass - 1))]}"
-    target = next_tokens(rows.tokens, target_positions(rows.supervised))
-    hits = targets.token_ids == target[:, None]
-    inside = hits.any(axis=1)
-    stored = targets.logprobs[inside][hits[inside]]
-    exact = targets.log_target[inside]
-    off = np.abs(stored - exact) > _LEVEL_SLACK + np.maximum(0, -exact - 64) / 128 + _RELATIVE * np.abs(exact)
-    if off.any():
-        yield "log_target: not the top-K's own value where the true next token is one of them; misaligned?"
-    last = targets.logprobs[~inside][:, -1]
-    outside = targets.log_target[~inside] > last + _LEVEL_SLACK + np.maximum(0, -last - 64) / 128 + _RELATIVE * np.abs(
-        last
-    )
-    if outside.any():
-        yield "log_target: more likely than the top-K though the true next token is not one of them; misaligned?"
-
-
-def _tempered_problems(targets: Targets, layout: Layout) -> Iterator[str]:
-    """``log_z_tail`` against what the other fields leave possible.
-
-    With s = 1/tau, log sum p~^s / (1 - s) is the tail's Renyi entropy of order s. It falls as s grows, from log N of
-    the N tokens at s = 0 through the stored entropy at s = 1 to -log of the largest p~ at infinity.
-    """
-    tail = layout.vocab_size - layout.top_k
-    if tail == 0 or len(targets) == 0:
-        if np.isfinite(targets.log_z_tail).any():
-            yield "log_z_tail: expected -inf where the top-K is the whole vocabulary"
-        return
-    log_tail, entropy = targets.log_tail.astype(np.float64), targets.tail_entropy.astype(np.float64)
-    last = targets.logprobs[:, -1].astype(np.float64)
-    last_slack = _LEVEL_SLACK + np.maximum(0, -last - 64) / 128  # the last stored log-prob is a level's
-    for i, tau in enumerate(layout.temperatures):
-        stored = targets.log_z_tail[:, i].astype(np.float64)
-        renyi = (stored - log_tail / tau) / (1 - 1 / tau)
-        slack = 1e-3 + _RELATIVE * ((np.abs(stored) + np.abs(log_tail) / tau) / abs(1 - 1 / tau) + entropy)
-        low = entropy if tau > 1 else np.maximum(0, log_tail - last - last_slack)
-        high = np.full(len(stored), np.log(tail)) if tau > 1 else entropy
-        off = ~((renyi >= low - slack) & (renyi <= high + slack))
-        if off.any():
-            t = int(np.argmax(off))
-            yield (
-                f"log_z_tail at temperature {tau:g}: expected the Renyi entropy of order {1 / tau:g} to be from "
-                f"{low[t]} to {high[t]} nats, found {renyi[t]}"
-            )
-
-
-def _any_member(samples: NDArray[np.int32], sorted_ids: NDArray[np.int32], vocab_size: int) -> bool:
-    base = np.arange(len(sorted_ids), dtype=np.int64)[:, None] * vocab_size
-    keys = (sorted_ids + base).ravel()
-    wanted = (samples + base).ravel()
-    place = np.searchsorted(keys, wanted)
-    return bool((keys[np.minimum(place, len(keys) - 1)] == wanted).any())

@@ -12,7 +12,7 @@ def decoded(cache: Path) -> dict[str, Any]:
     opened = open_cache(cache)
     corpus, teacher = opened.corpus, opened.teacher("golden")
     rows, targets = corpus.rows(0, corpus.num_rows), teacher.rows(0, corpus.num_rows, optional=teacher.optional)
-    absent = set(OPTIONAL) - set(teacher.optional)
+    absent = {name for name in vars(targets) if name.startswith(tuple(set(OPTIONAL) - set(teacher.optional)))}
     return {
         "corpus_hash": corpus.hash,
         "teacher_hash": teacher.hash,

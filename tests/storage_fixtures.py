@@ -4,7 +4,7 @@ Legend: T target positions, V vocabulary, K kept tokens, m samples, N tokens, R 
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tailcache.storage.arrays import ArraySpec
 from tailcache.storage.codec import Targets
 from tailcache.storage.corpus import Corpus, CorpusWriter
+from tailcache.storage.hidden import HeadKind, HiddenKind, HiddenLayout, StoredHead
 from tailcache.storage.layout import Layout
 from tailcache.storage.targets import TargetsWriter, plan_layout
 
@@ -140,10 +141,12 @@ class Exact:
     targets: Targets
     shards: list[tuple[Targets, Float64]]
     """What is handed to the writer, shard by shard."""
+    head: StoredHead | None = None
 
     def write(self, name: str, settings: dict[str, Any] | None = None) -> None:
         """Write the teacher, or go on with it."""
-        with TargetsWriter(self.corpus, name, layout=self.layout, settings=settings or {"seed": 1}) as writer:
+        chosen = settings or {"seed": 1}
+        with TargetsWriter(self.corpus, name, layout=self.layout, settings=chosen, head=self.head) as writer:
             for shard in range(writer.num_committed, self.layout.num_shards):
                 writer.write_shard(shard, *self.shards[shard])
             writer.finish()
@@ -160,13 +163,25 @@ def make_exact(
     scale: float = 3.0,
     logits_TV: Float64 | None = None,
     temperatures: tuple[float, ...] = (),
+    hidden: HiddenKind | None = None,
+    head: StoredHead | None = None,
 ) -> Exact:
-    """Random distributions for every target position of a corpus, cut into shards."""
+    """Random distributions for every target position of a corpus, cut into shards.
+
+    With ``hidden`` they are exactly those of random hidden states, as they are stored, and of ``head``.
+    """
     layout = plan_layout(
         corpus, top_k=top_k, num_samples=num_samples, shard_positions=shard_positions, chunk=chunk,
         temperatures=temperatures,
     )  # fmt: skip
     generator = np.random.default_rng([seed, 5])
+    stored: dict[str, NDArray[Any]] = {}
+    if hidden is not None:
+        head = head or make_head(corpus.vocab_size, seed=seed)
+        layout = replace(layout, hidden=HiddenLayout.of(hidden, head))
+        shape = (corpus.num_targets, head.weight.shape[1])
+        stored = make_hidden(hidden, generator.normal(size=shape))
+        logits_TV = exact_logits(head, stored)
     if logits_TV is None:
         logits_TV = generator.normal(size=(corpus.num_targets, corpus.vocab_size)) * scale
     logprobs = log_softmax(logits_TV)
@@ -176,8 +191,56 @@ def make_exact(
     for shard in range(layout.num_shards):
         first, last = layout.shard_rows(shard)
         part = slice(int(offsets[first]), int(offsets[last]))
-        shards.append(summarise(logprobs[part], following[part], top_k, num_samples, seed + shard, temperatures))
-    return Exact(corpus, layout, logprobs, Targets.concatenate([targets for targets, _ in shards]), shards)
+        targets, tail_sum = summarise(
+            logprobs[part], following[part], top_k, num_samples, seed + shard, temperatures
+        )  # fmt: skip
+        shards.append((replace(targets, **{name: values[part] for name, values in stored.items()}), tail_sum))
+    return Exact(corpus, layout, logprobs, Targets.concatenate([targets for targets, _ in shards]), shards, head)
+
+
+def bits_of(values: NDArray[np.floating]) -> NDArray[np.uint16]:
+    """The bits of bfloat16 numbers, by cutting float32 (which is one way to get numbers that are bfloat16)."""
+    return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def make_head(
+    vocab_size: int, width: int = 16, kind: HeadKind = "bfloat16", *, bias: bool = True, seed: int = 0, **more: Any
+) -> StoredHead:
+    """A random head, scaled and soft-capped."""
+    generator = np.random.default_rng([seed, 11])
+    weight = generator.normal(size=(vocab_size, width)).astype(np.float32)
+    return StoredHead(
+        weight=bits_of(weight) if kind == "bfloat16" else weight.astype(kind),
+        weight_kind=kind,
+        bias=generator.normal(size=vocab_size).astype(np.float32) if bias else None,
+        **{"scale": 1.5, "soft_cap": 20.0, **more},
+    )
+
+
+def make_hidden(kind: HiddenKind, values_TD: Float64) -> dict[str, NDArray[Any]]:
+    """Some hidden states as they are stored: the fields of ``Targets``."""
+    if kind == "bf16":
+        return {"hidden": bits_of(values_TD)}
+    scale = (np.abs(values_TD).max(axis=1) / 127).astype(np.float32)
+    return {"hidden": np.round(values_TD / scale[:, None]).astype(np.int8), "hidden_scale": scale}
+
+
+def exact_logits(head: StoredHead, stored: dict[str, NDArray[Any]]) -> Float64:
+    """[T, V] in float64, typed from the definition: soft cap of the scale times the product and the bias."""
+
+    def widen(values: NDArray[Any]) -> Float64:
+        if values.dtype != np.uint16:
+            return values.astype(np.float64)
+        bits = np.zeros((*values.shape, 2), np.uint16)
+        bits[..., 1] = values  # little-endian: the upper half of a float32
+        return bits.view("<f4")[..., 0].astype(np.float64)
+
+    hidden_TD = widen(stored["hidden"])
+    if "hidden_scale" in stored:
+        hidden_TD = hidden_TD * stored["hidden_scale"].astype(np.float64)[:, None]
+    logits: Float64 = hidden_TD @ widen(head.weight).T
+    logits = head.scale * (logits + (0.0 if head.bias is None else head.bias.astype(np.float64)))
+    return logits if head.soft_cap is None else head.soft_cap * np.tanh(logits / head.soft_cap)
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -42,9 +42,16 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     speed_up(monkeypatch)
 
 
+ALL_FIELDS: dict[str, Any] = {"temperatures": (2.0, 0.5), "hidden": "int8"}
+with_and_without_optional_fields = pytest.mark.parametrize(
+    "exact", [{}, ALL_FIELDS], indirect=True, ids=["plain", "all fields"]
+)
+
+
 @pytest.fixture
-def exact(tmp_path: Path) -> Exact:
-    return make_exact(make_corpus(tmp_path / "cache"), shard_positions=25)
+def exact(tmp_path: Path, request: pytest.FixtureRequest) -> Exact:
+    """Several shards; a test may ask for optional fields."""
+    return make_exact(make_corpus(tmp_path / "cache"), shard_positions=25, **getattr(request, "param", {}))
 
 
 def assert_unreadable(exact: Exact, name: str) -> None:
@@ -56,6 +63,7 @@ def assert_unreadable(exact: Exact, name: str) -> None:
 
 
 @pytest.mark.slow
+@with_and_without_optional_fields
 @pytest.mark.parametrize("mode", ["half", "after"])  # before one operation is after the one before it
 def test_killed_at_every_write_ends_in_the_same_bytes(exact: Exact, mode: str) -> None:
     teachers = exact.corpus.path.parent / "teachers"
@@ -76,6 +84,7 @@ def test_killed_at_every_write_ends_in_the_same_bytes(exact: Exact, mode: str) -
         shutil.rmtree(folder)
 
 
+@with_and_without_optional_fields
 def test_killed_twice_in_one_capture(exact: Exact) -> None:
     exact.write("whole")
     teachers = exact.corpus.path.parent / "teachers"
@@ -93,6 +102,7 @@ def test_killed_twice_in_one_capture(exact: Exact) -> None:
 
 
 @pytest.mark.slow
+@with_and_without_optional_fields
 def test_disk_full_at_every_write_names_a_file_and_keeps_earlier_shards(exact: Exact) -> None:
     teachers = exact.corpus.path.parent / "teachers"
     teachers.mkdir()
@@ -117,12 +127,13 @@ def test_disk_full_at_every_write_names_a_file_and_keeps_earlier_shards(exact: E
         shutil.rmtree(folder)
 
 
+@with_and_without_optional_fields
 def test_a_failed_write_may_be_tried_again_by_the_same_writer(exact: Exact) -> None:
     exact.write("whole")
     teachers = exact.corpus.path.parent / "teachers"
     (teachers / "whole").rename(teachers / "kept")
     failures = 0
-    with TargetsWriter(exact.corpus, "whole", layout=exact.layout, settings={"seed": 1}) as writer:
+    with TargetsWriter(exact.corpus, "whole", layout=exact.layout, settings={"seed": 1}, head=exact.head) as writer:
         for shard in range(exact.layout.num_shards):
             for number in range(1000):
                 if writer.num_committed > shard:
@@ -268,15 +279,16 @@ def test_damage_is_found_on_resume(exact: Exact) -> None:
     assert tree(folder) == good
 
 
+@with_and_without_optional_fields
 def test_finishing_twice_changes_nothing(exact: Exact) -> None:
     exact.write("t")
     folder = exact.corpus.path.parent / "teachers" / "t"
     good = tree(folder)
-    with TargetsWriter(exact.corpus, "t", layout=exact.layout, settings={"seed": 1}) as writer:
+    with TargetsWriter(exact.corpus, "t", layout=exact.layout, settings={"seed": 1}, head=exact.head) as writer:
         assert writer.complete
         assert writer.num_committed == exact.layout.num_shards
         objects = sum(len(data) for name, data in good.items() if "/c/" in name)
-        constants = sum(len(good[f"{name}/c/0"]) for name in exact.layout.constants())
+        constants = sum(len(good[spec.object_path(0)]) for spec in exact.layout.constants().values())
         assert writer.bytes_written == objects - constants
         writer.finish()
     assert tree(folder) == good
@@ -358,6 +370,8 @@ def test_layout_attributes_roundtrip_and_reject(exact: Exact) -> None:
         {"chunk": 7},
         {"num_samples": -1},
         {"vocab_size": None},
+        {"temperatures": [1.0]},
+        {"hidden": {"kind": "none"}},
     ):
         with pytest.raises(FormatError, match="x"):
             Layout.from_attributes({**attributes, **changed}, "x")

@@ -20,7 +20,8 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def exact(tmp_path: Path) -> Exact:
-    exact = make_exact(make_corpus(tmp_path), shard_positions=25, chunk=8)
+    """With every field there is, so that a byte of each kind is flipped."""
+    exact = make_exact(make_corpus(tmp_path), shard_positions=25, chunk=8, temperatures=(2.0,), hidden="int8")
     exact.write("t")
     return exact
 
