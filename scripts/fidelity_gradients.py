@@ -12,8 +12,8 @@ The student's side is always exact, so what is made of the tail beyond K changes
 
 with beta_t = 1 for KL and beta(X) for TAD. (Renormalising changes the head too, and with it alpha and beta(X).)
 Dense sums are matrix products over chunks of positions. Everything else is sparse: a few ids per position, added up row
-by row. So one pass over [T, V] serves all K, all numbers of draws and all schemes. Products are float32; norms and
-inner products are summed in float64.
+by row. So one pass over [T, V] serves all K, all numbers of draws and all schemes. Products are float32; norms
+and inner products of matrices are summed in float64 over their rows.
 
 Legend: T positions, V vocabulary, D hidden width of the student, K kept, m draws, U different ids, R ranks.
 """
@@ -30,7 +30,7 @@ from tailcache.scripts.fidelity_schemes import Draws, Tails
 
 __all__ = ["Error", "Exact", "Pool", "Problem", "Scatter", "Student", "Weighting", "pools"]
 
-_ROWS = 2048  # of a [V, D] matrix that are in float64 at a time
+_ROWS = 512  # of a [V, D] matrix that are looked at at a time, so that they stay in the processor's cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,30 +154,25 @@ class Exact:
 
     def __init__(self, gradient_VD: Tensor, part_VD: Tensor) -> None:
         self.gradient, self.part = gradient_VD, part_VD
-        self._gradient_square = sum(float(g.square().sum()) for g in _blocks(gradient_VD))
-        squares, products = [], []
-        for part, gradient in zip(_blocks(part_VD), _blocks(gradient_VD), strict=True):
-            squares.append(part.square().sum(-1))
-            products.append((part * gradient).sum(-1))
-        self._squares_V, self._products_V = torch.cat(squares), torch.cat(products)
+        self._gradient_square = float(_row_products(gradient_VD, gradient_VD).sum())
+        self._squares_V = _row_products(part_VD, part_VD)
+        self._products_V = _row_products(part_VD, gradient_VD)
 
     def sparse(self, rows_U: Tensor, sums_UD: Tensor) -> Error:
         """The error of an estimate that has the given rows in the place of the part."""
         square = float(self._squares_V.sum() - self._squares_V[rows_U].sum())
         product = float(self._products_V.sum() - self._products_V[rows_U].sum())
         for rows, sums in zip(torch.split(rows_U, _ROWS), torch.split(sums_UD, _ROWS), strict=True):
-            error = (self.part[rows] - sums).double()
-            square += float(error.square().sum())
-            product += float((error * self.gradient[rows]).sum())
+            error = self.part[rows] - sums
+            square += float(_row_products(error, error).sum())
+            product += float(_row_products(error, self.gradient[rows]).sum())
         return self._error(square, product)
 
     def dense(self, error_VD: Tensor) -> Error:
         """The error of an estimate that is the exact gradient plus the given matrix."""
-        square = product = 0.0
-        for error, gradient in zip(_blocks(error_VD), _blocks(self.gradient), strict=True):
-            square += float(error.square().sum())
-            product += float((error * gradient).sum())
-        return self._error(square, product)
+        return self._error(
+            float(_row_products(error_VD, error_VD).sum()), float(_row_products(error_VD, self.gradient).sum())
+        )
 
     def _error(self, square: float, product: float) -> Error:
         exact = self._gradient_square
@@ -186,8 +181,10 @@ class Exact:
         return Error(relative=(square / exact) ** 0.5, cosine=cosine, norm=square**0.5)
 
 
-def _blocks(matrix_VD: Tensor) -> Iterator[Tensor]:
-    yield from (block.double() for block in torch.split(matrix_VD, _ROWS))
+def _row_products(first_VD: Tensor, second_VD: Tensor) -> Tensor:
+    """[V] float64: the inner products of rows, each summed in the matrices' own precision."""
+    blocks = zip(torch.split(first_VD, _ROWS), torch.split(second_VD, _ROWS), strict=True)
+    return torch.cat([(first * second).sum(-1) for first, second in blocks]).double()
 
 
 @dataclass(kw_only=True)

