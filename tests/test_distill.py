@@ -8,7 +8,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,19 @@ import pytest
 import reference
 import torch
 from loss_cases import CODEC_MAX, CODEC_MEAN, MICRO_BATCH
-from training_fixtures import logprobs_of, make_cache, make_corpus, one_thread, tiny_model, write_teacher
+from tokenizer_fixtures import build_tokenizer
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+from training_fixtures import (
+    LLAMA,
+    logprobs_of,
+    make_cache,
+    make_corpus,
+    objective_for,
+    one_thread,
+    tiny_model,
+    write_teacher,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from tailcache.scripts.train import run
@@ -28,14 +40,17 @@ from tailcache.storage.codec import Targets
 from tailcache.storage.errors import ConfigError, MismatchError, NotFoundError, StudentError
 from tailcache.storage.fingerprint import fingerprint
 from tailcache.storage.reader import Teacher, open_cache
+from tailcache.trainers import fused_head, terms
 from tailcache.trainers.batches import CacheRows, Layout, RowTargets, collate
 from tailcache.trainers.config import StudentConfig, TrainConfig
 from tailcache.trainers.distill import DistillTrainer, training_arguments
+from tailcache.trainers.linear_head import BUFFER_BYTES
+from tailcache.trainers.loss_config import LossConfig
 from tailcache.trainers.objective import Objective
 from tailcache.trainers.run import train
 
 SMALL = StudentConfig(hidden_size=32, num_layers=2, num_heads=2)
-KL = Objective(loss="kd", clm_weight=0.0)
+KL = partial(objective_for, clm_weight=0.0)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -46,7 +61,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
-    return make_cache(tmp_path_factory.mktemp("distill") / "cache")
+    return make_cache(tmp_path_factory.mktemp("distill") / "cache", temperatures=(2.0,))
 
 
 @pytest.fixture(scope="module")
@@ -70,17 +85,19 @@ def _config(source: Teacher, out: Path, **settings: Any) -> TrainConfig:
 
 def _trainer(teacher: Teacher, out: Path, objective: Objective, model: Any = None, **settings: Any) -> Any:
     layout: Layout | None = settings.pop("layout", None)
+    head_mode = settings.pop("head_mode", "one-pass")
     return DistillTrainer(
         tiny_model(teacher.vocab_size, seed=5) if model is None else model,
         training_arguments(_config(teacher, out, **settings)),
         teacher=teacher,
         objective=objective,
         layout=layout,
+        head_mode=head_mode,
     )
 
 
 def _rows(teacher: Teacher) -> list[RowTargets]:
-    dataset = CacheRows(teacher, np.arange(teacher.corpus.num_rows))
+    dataset = CacheRows(teacher, np.arange(teacher.corpus.num_rows), optional=teacher.optional)
     return [dataset[i] for i in range(len(dataset))]
 
 
@@ -107,7 +124,7 @@ def _shifted(row: RowTargets) -> RowTargets:
 def test_a_student_that_is_its_teacher_has_no_loss_unless_shifted(
     whole: Teacher, layout: Layout, tmp_path: Path
 ) -> None:
-    trainer = _trainer(whole, tmp_path, KL, tiny_model(21), layout=layout)
+    trainer = _trainer(whole, tmp_path, KL(whole, "kd"), tiny_model(21), layout=layout)
     rows = _rows(whole)
     batch = collate(rows, layout=layout)
     with torch.no_grad():
@@ -131,7 +148,7 @@ def test_an_alignment_that_is_off_by_one_fails_the_truth_test(
     whole: Teacher, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error itself, put into the one place where alignment is decided."""
-    trainer = _trainer(whole, tmp_path, KL, tiny_model(21))
+    trainer = _trainer(whole, tmp_path, KL(whole, "kd"), tiny_model(21))
     rows = _rows(whole)
     monkeypatch.setattr(
         f"tailcache.{module}.target_positions", lambda supervised: np.maximum(target_positions(supervised) - 1, 0)
@@ -142,7 +159,7 @@ def test_an_alignment_that_is_off_by_one_fails_the_truth_test(
 
 def test_tad_of_a_student_that_is_its_teacher(whole: Teacher, tmp_path: Path) -> None:
     """beta(X) multiplies the codec's error too; it stays near its bound."""
-    trainer = _trainer(whole, tmp_path, Objective(loss="tad", clm_weight=0.0), tiny_model(21))
+    trainer = _trainer(whole, tmp_path, KL(whole, "tad"), tiny_model(21))
     with torch.no_grad():
         assert abs(float(trainer.compute_loss(trainer.model, collate(_rows(whole))))) <= 10 * CODEC_MEAN
 
@@ -150,7 +167,7 @@ def test_tad_of_a_student_that_is_its_teacher(whole: Teacher, tmp_path: Path) ->
 def test_the_gradient_of_the_truth_is_zero_and_of_another_student_is_not(whole: Teacher, tmp_path: Path) -> None:
     norms = []
     for seed in (0, 5):
-        trainer = _trainer(whole, tmp_path, KL, tiny_model(21, seed=seed))
+        trainer = _trainer(whole, tmp_path, KL(whole, "kd"), tiny_model(21, seed=seed))
         trainer.compute_loss(trainer.model, collate(_rows(whole))).backward()
         norms.append(math.sqrt(math.fsum(float(p.grad.square().sum()) for p in trainer.model.parameters())))
     assert norms[0] < 1e-2 * norms[1]
@@ -158,8 +175,6 @@ def test_the_gradient_of_the_truth_is_zero_and_of_another_student_is_not(whole: 
 
 def test_the_truth_through_the_real_capture(tmp_path: Path) -> None:
     """prepare's store, capture's own forward and head, the trainer's forward: zero, and not when shifted."""
-    from tokenizer_fixtures import build_tokenizer
-
     from tailcache.pipeline.capture import capture
     from tailcache.pipeline.config import CaptureConfig
 
@@ -174,29 +189,38 @@ def test_the_truth_through_the_real_capture(tmp_path: Path) -> None:
     cache = open_cache(tmp_path / "cache")
     whole, kept = cache.teacher("whole"), cache.teacher("kept")
 
-    trainer = _trainer(whole, tmp_path / "out", KL, tiny_model(corpus.vocab_size))
+    trainer = _trainer(whole, tmp_path / "out", KL(whole, "kd"), tiny_model(corpus.vocab_size))
     rows = _rows(whole)
     with torch.no_grad():
         assert abs(float(trainer.compute_loss(trainer.model, collate(rows)))) <= CODEC_MEAN
         assert float(trainer.compute_loss(trainer.model, collate([_shifted(row) for row in rows]))) > 0.1
         # With samples the value is an estimate: its mean is 0 within the standard error of the draws.
-        sampled = _trainer(kept, tmp_path / "out", KL, tiny_model(corpus.vocab_size))
+        sampled = _trainer(kept, tmp_path / "out", KL(kept, "kd"), tiny_model(corpus.vocab_size))
         values = _position_kl(sampled, _rows(kept), "rows")
         assert abs(np.mean(values)) <= 5 * np.std(values) / len(values) ** 0.5
-        bucket = _trainer(kept, tmp_path / "out", replace(KL, tail="bucket"), tiny_model(corpus.vocab_size))
+        bucket = _trainer(kept, tmp_path / "out", KL(kept, "kd", tail="bucket"), tiny_model(corpus.vocab_size))
         assert abs(float(bucket.compute_loss(bucket.model, collate(_rows(kept))))) <= CODEC_MEAN
 
 
 # ---- what must leave no trace in the loss ----
 
 
-OBJECTIVES = [
-    Objective(loss="clm"),
-    Objective(loss="kd", tail="sampled"),
-    Objective(loss="kd", tail="bucket", clm_weight=0.5, divergence_weight=2.0),
-    Objective(loss="tad", tail="sampled"),
-    Objective(loss="tad", tail="prior", top_k=5),
-]
+OBJECTIVES: dict[str, Callable[[Teacher], Objective]] = {
+    "clm": partial(objective_for),
+    "kd-sampled": lambda t: objective_for(t, "kd"),
+    "kd-bucket": lambda t: objective_for(t, LossConfig(name="kd", tail="bucket", weight=2.0), clm_weight=0.5),
+    "tad-sampled": lambda t: objective_for(t, "tad"),
+    "tad-prior": lambda t: objective_for(t, "tad", tail="prior", top_k=5),
+    "dkd": lambda t: objective_for(t, "dkd", non_target_weight=2.0),
+    "reverse_kl-uniform": lambda t: objective_for(t, "reverse_kl", tail="uniform"),
+    "jsd-bucket": lambda t: objective_for(t, "jsd"),
+    "todi-drop": lambda t: objective_for(t, "todi", tail="drop"),
+    "rs_kd": lambda t: objective_for(t, "rs_kd", num_draws=5, power=0.5),
+    "kd at 2": lambda t: objective_for(t, "kd", temperature=2.0),
+    "several": lambda t: objective_for(
+        t, LossConfig(name="tad", top_k=3), LossConfig(name="skew_kl", weight=0.3), LossConfig(name="todi", weight=0.1)
+    ),
+}
 
 
 def _loss_and_gradient(trainer: Any, batches: list[dict[str, Any]]) -> tuple[float, torch.Tensor]:
@@ -208,11 +232,9 @@ def _loss_and_gradient(trainer: Any, batches: list[dict[str, Any]]) -> tuple[flo
     return loss, torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: f"{o.loss}-{o.tail}")
-def test_micro_batches_padding_and_layout_do_not_change_the_loss(
-    teacher: Teacher, objective: Objective, tmp_path: Path
-) -> None:
-    trainer = _trainer(teacher, tmp_path, objective)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_micro_batches_padding_and_layout_do_not_change_the_loss(teacher: Teacher, name: str, tmp_path: Path) -> None:
+    trainer = _trainer(teacher, tmp_path, OBJECTIVES[name](teacher))
     rows = _rows(teacher)[:9]
     loss, gradient = _loss_and_gradient(trainer, [collate(rows)])
     variants: dict[str, list[dict[str, Any]]] = {
@@ -229,55 +251,259 @@ def test_micro_batches_padding_and_layout_do_not_change_the_loss(
         assert (slope - gradient).abs().max() <= MICRO_BATCH * max(1.0, float(gradient.abs().max())), name
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: f"{o.loss}-{o.tail}")
-def test_the_loss_is_the_mean_of_the_reference_over_positions(
-    teacher: Teacher, objective: Objective, tmp_path: Path
+def test_atkd_alone_depends_on_the_micro_batches_and_not_on_padding_or_layout(teacher: Teacher, tmp_path: Path) -> None:
+    """What is hard is decided among the positions of one micro-batch."""
+    trainer = _trainer(teacher, tmp_path, objective_for(teacher, "atkd"))
+    rows = _rows(teacher)[:9]
+    loss, gradient = _loss_and_gradient(trainer, [collate(rows)])
+    for batch in (
+        collate(rows, pad_to_multiple_of=37),
+        collate(rows, layout="flat"),
+        collate(rows, layout="documents"),
+        collate(rows[::-1]),
+    ):
+        other, slope = _loss_and_gradient(trainer, [batch])
+        assert abs(other - loss) <= MICRO_BATCH * abs(loss)
+        assert (slope - gradient).abs().max() <= MICRO_BATCH * max(1.0, float(gradient.abs().max()))
+    other, _ = _loss_and_gradient(trainer, [collate([row]) for row in rows])
+    assert abs(other - loss) > 1e-4
+    # Cut like this, it is the mean over the micro-batches of each one's own loss, weighted by their positions.
+    parts, counts = [], []
+    for part in (rows[:4], rows[4:]):
+        parts.append(_loss_and_gradient(trainer, [collate(part)])[0])
+        counts.append(sum(len(row.targets) for row in part))
+    cut, _ = _loss_and_gradient(trainer, [collate(rows[:4]), collate(rows[4:])])
+    assert cut == pytest.approx(np.average(parts, weights=counts), rel=MICRO_BATCH)
+
+
+# ---- the fused head and full logits ----
+
+HEADS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: tiny_model(21, seed=5),
+    "padded": lambda: tiny_model(30, seed=5),
+    "tied": lambda: tiny_model(21, seed=5, **LLAMA, tie_word_embeddings=True),
+    "phi, biased": lambda: tiny_model(21, model_type="phi", seed=5, **LLAMA),
+    "granite, scaled": lambda: tiny_model(21, model_type="granite", seed=5, **LLAMA, logits_scaling=0.5),
+    "gemma2, capped": lambda: tiny_model(
+        21, model_type="gemma2", seed=5, **LLAMA, head_dim=8, sliding_window=4, final_logit_softcapping=3.0
+    ),
+}
+
+
+def _without_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tailcache.trainers.distill.find_linear_head", lambda model, vocab_size: "it was not asked")
+
+
+def _fused_and_full(
+    teacher: Teacher, objective: Objective, make: Callable[[], Any], out: Path, head_mode: str
+) -> list[tuple[float, torch.Tensor, dict[str, float]]]:
+    """Loss, gradient and held-out metrics, fused and from full logits."""
+    found = []
+    for fused in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not fused:
+                _without_fusion(patch)
+            trainer = _trainer(teacher, out, objective, make(), head_mode=head_mode)
+        assert (trainer.why_full_logits is None) == fused
+        batches = [collate(_rows(teacher)[:5]), collate(_rows(teacher)[5:9])]
+        found.append((*_loss_and_gradient(trainer, batches), trainer.evaluate()))
+    return found
+
+
+def _assert_alike(found: list[tuple[float, torch.Tensor, dict[str, float]]]) -> None:
+    (loss, gradient, metrics), (full_loss, full_gradient, full_metrics) = found
+    assert abs(loss - full_loss) <= 1e-6 * abs(full_loss)
+    assert (gradient - full_gradient).norm() <= 1e-6 * full_gradient.norm()
+    assert metrics == pytest.approx(full_metrics, rel=1e-6)
+
+
+@pytest.mark.parametrize("head_mode", ["one-pass", "recompute"])
+@pytest.mark.parametrize("name", [*OBJECTIVES, "atkd"])
+def test_every_loss_is_the_same_fused_and_from_full_logits(
+    teacher: Teacher, name: str, head_mode: str, tmp_path: Path
 ) -> None:
+    objective = OBJECTIVES.get(name, lambda t: objective_for(t, "atkd"))(teacher)
+    _assert_alike(_fused_and_full(teacher, objective, HEADS["llama"], tmp_path, head_mode))
+
+
+@pytest.mark.parametrize("loss", ["tad", "jsd-dense"])
+@pytest.mark.parametrize("head", HEADS)
+def test_every_linear_head_is_the_same_fused_and_from_full_logits(
+    teacher: Teacher, head: str, loss: str, tmp_path: Path
+) -> None:
+    objective = objective_for(teacher, "tad") if loss == "tad" else objective_for(teacher, "jsd", tail="uniform")
+    _assert_alike(_fused_and_full(teacher, objective, HEADS[head], tmp_path, "one-pass"))
+
+
+def test_a_head_that_is_not_linear_is_trained_through_full_logits_and_said_so(
+    teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from test_student_head import adapted
+
+    model = adapted(tiny_model(21, seed=5))
+    trainer = _trainer(teacher, tmp_path / "a", objective_for(teacher, "tad"), model)
+    assert trainer.why_full_logits == "its head is a Adapted, not a plain linear layer"
+    loss, _ = _loss_and_gradient(trainer, [collate(_rows(teacher)[:5])])
+    assert math.isfinite(loss)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.get_output_embeddings().parameters())
+    # The adapter's product put into the weight is the same model with a linear head.
+    plain, head = tiny_model(21, seed=5), model.get_output_embeddings()
+    plain.get_output_embeddings().weight.data = (head.base.weight + head.up.weight @ head.down.weight).detach()
+    fused = _trainer(teacher, tmp_path / "b", objective_for(teacher, "tad"), plain)
+    assert fused.why_full_logits is None
+    assert _loss_and_gradient(fused, [collate(_rows(teacher)[:5])])[0] == pytest.approx(loss, rel=1e-6)
+
+    _without_fusion(monkeypatch)
+    train(_config(teacher, tmp_path / "said", max_steps=1))
+    said = "note: the loss is worked out from full logits, which takes more memory and time: it was not asked"
+    assert said in capsys.readouterr().out.splitlines()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the most elements of any tensor that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "tailcache":  # an operation of our own: look inside
+            [ours] = [vars(m)[f"_{func._opname}"] for m in (fused_head, terms) if f"_{func._opname}" in vars(m)]
+            with self:
+                result = ours._init_fn(*args, **(kwargs or {}))
+        else:
+            result = func(*args, **(kwargs or {}))
+        for each in torch.utils._pytree.tree_leaves(result):
+            if isinstance(each, torch.Tensor):
+                self.largest = max(self.largest, each.numel())
+        return result
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
+    """A vocabulary much wider than the model."""
+    return make_cache(tmp_path_factory.mktemp("wide") / "cache", tokenizer=build_tokenizer(), temperatures=(2.0,))
+
+
+@pytest.mark.parametrize("head_mode", ["one-pass", "recompute"])
+@pytest.mark.parametrize("name", ["clm", "tad-sampled", "tad-prior", "dkd", "reverse_kl-uniform", "kd at 2", "several"])
+def test_logits_never_exist_as_a_whole(
+    wide: Teacher, name: str, head_mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in training nor in evaluation; and full logits are seen by the same measurement."""
+    monkeypatch.setitem(BUFFER_BYTES, "cpu", 40_000)
+    monkeypatch.setattr("tailcache.trainers.linear_head.VOCABULARY_TILE", 64)
+    sizes = {**LLAMA, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    make = partial(tiny_model, wide.vocab_size, seed=5, **sizes)
+    batch = collate(_rows(wide))
+    whole = len(batch["labels"]) * wide.vocab_size
+    largest = []
+    for fused in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not fused:
+                _without_fusion(patch)
+            trainer = _trainer(wide, tmp_path, OBJECTIVES[name](wide), make(), head_mode=head_mode)
+        with LargestTensor() as training:
+            trainer.compute_loss(trainer.model, batch).backward()
+        with LargestTensor() as evaluation:
+            trainer._metrics(trainer.model, batch)
+        largest.append((training.largest, evaluation.largest))
+    assert max(largest[0]) < 0.4 * whole
+    assert min(largest[1]) >= whole
+
+
+def _close(found: tuple[float, torch.Tensor], expected: tuple[float, torch.Tensor]) -> None:
+    assert abs(found[0] - expected[0]) <= MICRO_BATCH * abs(expected[0])
+    assert (found[1] - expected[1]).abs().max() <= MICRO_BATCH * float(expected[1].abs().max())
+
+
+@pytest.mark.parametrize("head_mode", ["one-pass", "recompute"])
+@pytest.mark.parametrize("loss", ["tad", "reverse_kl"])
+def test_gradient_checkpointing_changes_nothing(teacher: Teacher, head_mode: str, loss: str, tmp_path: Path) -> None:
+    batches = [collate(_rows(teacher)[:5]), collate(_rows(teacher)[5:9]), collate(_rows(teacher)[9:11])]
+    objective = objective_for(teacher, loss)
+    plain = _loss_and_gradient(_trainer(teacher, tmp_path, objective, head_mode=head_mode), batches)
+    trainer = _trainer(teacher, tmp_path, objective, tiny_model(21, seed=5), head_mode=head_mode)
+    enable = getattr(trainer.model, "activation_checkpointing_enable", None)  # its name in later transformers
+    (enable or trainer.model.gradient_checkpointing_enable)()
+    _close(_loss_and_gradient(trainer, batches), plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_mode", ["one-pass", "recompute"])
+def test_compilation_changes_nothing_and_happens_once(teacher: Teacher, head_mode: str, tmp_path: Path) -> None:
+    make = partial(tiny_model, 21, seed=5, **{**LLAMA, "num_hidden_layers": 1})
+    rows = _rows(teacher)
+    batches = [collate(rows[start : start + size]) for start, size in ((0, 4), (4, 5), (9, 3), (12, 4), (16, 5))]
+    objective = objective_for(teacher, "tad")
+    plain = _loss_and_gradient(_trainer(teacher, tmp_path, objective, make(), head_mode=head_mode), batches)
+    torch._dynamo.reset()
+    trainer = _trainer(teacher, tmp_path, objective, make(), head_mode=head_mode)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled: Any = torch.compile(trainer.model, backend=counter, dynamic=True)
+    trainer.model.zero_grad()
+    samples, count = trainer.get_batch_samples(iter(batches), len(batches), torch.device("cpu"))
+    total, counts = 0.0, []
+    for batch in samples:
+        part = trainer.compute_loss(compiled, batch, num_items_in_batch=count)
+        part.backward()
+        total += float(part.detach())
+        counts.append(counter.frame_count)
+    _close((total, torch.cat([p.grad.flatten() for p in trainer.model.parameters()])), plain)
+    assert 0 < counts[0] <= counts[2] == counts[-1]
+
+
+@pytest.mark.parametrize("name", ["clm", "kd-sampled", "kd-bucket", "tad-sampled", "tad-prior"])
+def test_the_loss_is_the_mean_of_the_reference_over_positions(teacher: Teacher, name: str, tmp_path: Path) -> None:
     """From the stored targets and the student's logits to the number that is trained on, in plain Python."""
+    objective = OBJECTIVES[name](teacher)
+    each = next(iter(objective.losses), LossConfig(name="kd"))
     trainer = _trainer(teacher, tmp_path, objective)
     rows = _rows(teacher)[:5]
     batch = collate(rows)
     with torch.no_grad():
         loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+        logits = trainer.target_logits(trainer.model, batch)
+    assert float(loss) == pytest.approx(float((outputs["values"].mean(0) * torch.tensor(objective.weights)).sum()))
     targets = Targets.concatenate([row.targets for row in rows])
     wanted = np.concatenate([next_tokens(row.tokens, target_positions(row.supervised)) for row in rows])
-    q = [reference.softmax(z) for z in outputs["logits"].double().tolist()]
-    top_k = objective.top_k
+    q = [reference.softmax(z) for z in logits.double().tolist()]
+    top_k = int(each.split.start)
     alphas = [
         math.fsum(math.exp(x) for x in [*row[top_k:], tail])
         for row, tail in zip(targets.logprobs.tolist(), targets.log_tail.tolist(), strict=True)
     ]
-    beta = reference.beta_x(alphas, batch["segments"].tolist(), objective.beta)
+    beta = reference.beta_x(alphas, batch["segments"].tolist(), each.beta)
     total = 0.0
     for t, q_t in enumerate(q):
         total += objective.clm_weight * reference.cross_entropy(q_t, int(wanted[t]))
-        if objective.loss == "clm":
+        if name == "clm":
             continue
         ids, logp = targets.token_ids[t].tolist(), targets.logprobs[t].tolist()
         beyond = reference.others(21, ids)
         alpha = math.exp(targets.log_tail[t])
-        if objective.tail == "bucket":
+        if each.tail == "bucket":
             ratio = math.log(alpha / reference.mass(q_t, beyond))
         else:
             samples = targets.tail_samples[t].tolist()
             prior = reference.restricted(teacher.mean_tail.tolist(), beyond)
-            weights = [1 / len(samples)] * len(samples) if objective.tail == "sampled" else list(prior.values())
-            where = samples if objective.tail == "sampled" else list(prior)
+            weights = [1 / len(samples)] * len(samples) if each.tail == "sampled" else list(prior.values())
+            where = samples if each.tail == "sampled" else list(prior)
             cross = math.fsum(w * math.log(q_t[i]) for w, i in zip(weights, where, strict=True))
             ratio = math.log(alpha) - float(targets.tail_entropy[t]) - cross
         per_rank = [math.exp(x) * (x - math.log(q_t[i])) for i, x in zip(ids, logp, strict=True)]
         divergence = math.fsum(per_rank) + alpha * ratio
-        if objective.loss == "tad":
+        if each.name == "tad":
             off_head = reference.others(21, ids[:top_k])
             between = alphas[t] * math.log(alphas[t] / reference.mass(q_t, off_head))
             tail_part = math.fsum(per_rank[top_k:]) + alpha * ratio - between  # = alpha KL2
             divergence = math.fsum(per_rank[:top_k]) + between + beta[t] * tail_part
-        total += objective.divergence_weight * divergence
+        total += each.weight * divergence
     assert abs(float(loss) - total / len(q)) < 1e-5 * max(1.0, total / len(q))
 
 
 def test_a_micro_batch_without_any_target_adds_nothing(teacher: Teacher, tmp_path: Path) -> None:
-    trainer = _trainer(teacher, tmp_path, Objective(loss="tad"))
+    trainer = _trainer(teacher, tmp_path, objective_for(teacher, "tad"))
     row = _rows(teacher)[0]
     silent = replace(row, supervised=np.zeros_like(row.supervised), targets=row.targets[:0])
     loss, gradient = _loss_and_gradient(trainer, [collate(_rows(teacher)[1:3])])
@@ -354,7 +580,7 @@ def test_students_of_one_seed_begin_alike_whatever_their_loss(teacher: Teacher, 
 def test_evaluation_is_the_metrics_of_the_held_out_positions(teacher: Teacher, tmp_path: Path) -> None:
     """Against log-probs made one document at a time."""
     model = tiny_model(21, seed=5)
-    trainer = _trainer(teacher, tmp_path, KL, model, batch_rows=4)
+    trainer = _trainer(teacher, tmp_path, KL(teacher, "kd"), model, batch_rows=4)
     logprobs, targets = logprobs_of(model, teacher.corpus)
     rows = teacher.corpus.held_out_rows().tolist()
     offsets = teacher.corpus.target_offsets(0, teacher.corpus.num_rows)
@@ -540,7 +766,7 @@ def test_what_the_cache_cannot_give_is_refused_first(tmp_path: Path) -> None:
         train(choose())
     with pytest.raises(NotFoundError, match="'nobody'"):
         train(choose(teacher="nobody"))
-    with pytest.raises(ConfigError, match="m = 0; choose the tail 'bucket'"):
+    with pytest.raises(ConfigError, match=r"m = 0; choose another tail \('bucket'\)"):
         train(choose(teacher="no-samples", loss="kd"))
     with pytest.raises(ConfigError, match=r"1 <= K' <= 4.*found K' = 10"):
         train(choose(teacher="no-samples", tail="bucket"))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tailcache.trainers.linear_head import VOCABULARY_TILE, LinearHead, LogitTiles, tiles_of
+from tailcache.trainers.linear_head import LinearHead, LogitTiles, vocabulary_tiles
 from tailcache.trainers.products import wide_dtype
 
 if TYPE_CHECKING:
@@ -47,6 +47,6 @@ def teacher_logits(hidden_cD: Tensor, head: LinearHead) -> Tensor:
     dtype = torch.promote_types(hidden_cD.dtype, head.weight.dtype)
     tiles = LogitTiles(head.weight, head.bias, head.vocab_size, head.scale, head.soft_cap, dtype)
     logits_cV = hidden_cD.new_empty((len(hidden_cD), head.vocab_size), dtype=wide_dtype(dtype))
-    for tile in tiles_of(head.vocab_size, VOCABULARY_TILE):
+    for tile in vocabulary_tiles(head.vocab_size):
         logits_cV[:, tile] = tiles.tile(hidden_cD, tile)
     return logits_cV
