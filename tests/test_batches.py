@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from tailcache.trainers.batches import (
     lay_out,
     teacher_terms,
 )
-from tailcache.trainers.forward import check_documents_kept_apart, default_layout, target_logits
+from tailcache.trainers.forward import HeadSeat, check_documents_kept_apart, default_layout, target_logits
 
 LAYOUTS: list[Layout] = ["rows", "flat", "documents"]
 
@@ -97,8 +98,8 @@ def test_targets_that_do_not_fit_the_corpus_are_refused(teacher: Teacher) -> Non
     class Short:
         name, corpus = "short", teacher.corpus
 
-        def rows(self, first: int, last: int) -> Any:
-            return teacher.rows(first, last)[1:]
+        def rows(self, first: int, last: int, *, optional: Any) -> Any:
+            return teacher.rows(first, last, optional=optional)[1:]
 
     rows: Any = Short()
     with pytest.raises(MismatchError, match=r"teacher 'short', rows 0 to 23: expected 368 targets.*found 367"):
@@ -133,8 +134,25 @@ def test_a_batch_holds_its_rows_and_nothing_else(teacher: Teacher, layout: Layou
     assert target == len(batch["labels"]) == len(batch["teacher"]["logprobs"])
     expected = np.concatenate([item.targets.token_ids for item in items])
     assert (batch["teacher"]["token_ids"].numpy() == expected).all()
-    terms = teacher_terms(batch["teacher"], 21)
+    assert batch["rows"].tolist() == [row for row in (3, 0, 7, 8) for _ in range(len(_all_rows(teacher)[row].targets))]
+    terms = teacher_terms(batch, 21)
     assert terms.token_ids.dtype == terms.tail_samples.dtype == torch.int64
+    assert torch.equal(terms.next_tokens, batch["labels"])
+    assert (terms.temperatures, terms.log_z_tail) == ((), None)
+
+
+def test_optional_fields_are_carried_only_when_they_were_read(tmp_path: Path) -> None:
+    teacher = make_cache(tmp_path / "cache", num_rows=8, temperatures=(2.0, 4.0))
+    rows = np.arange(8)
+    plain, read = CacheRows(teacher, rows), CacheRows(teacher, rows, optional=("log_z_tail",))
+    assert "log_z_tail" not in collate([plain[1], plain[3]])["teacher"]
+    batch = collate([read[1], read[3]])
+    terms = teacher_terms(batch, 21, teacher.temperatures)
+    assert terms.temperatures == (2.0, 4.0)
+    stored = [teacher.row(row, optional=("log_z_tail",)).log_z_tail for row in (1, 3)]
+    assert terms.log_z_tail is not None
+    assert (terms.log_z_tail.numpy() == np.concatenate(stored)).all()
+    assert teacher_terms(collate([plain[1]]), 21, teacher.temperatures).temperatures == ()
 
 
 def test_layouts_have_the_shapes_they_promise(teacher: Teacher, unpacked: Teacher) -> None:
@@ -192,7 +210,7 @@ def test_a_document_has_the_same_logits_packed_or_alone(
     assert len({len(item.tokens) for item in items}) > 3
     batch = collate(items, layout=layout)
     with torch.no_grad():
-        logits = target_logits(model, batch["input_ids"], batch["position_ids"], batch["target_index"])
+        logits = target_logits(model, batch)
     alone, _ = logprobs_of(model, teacher.corpus)
     together = torch.log_softmax(logits.double(), -1)
     assert (together - alone).abs().max() <= BOUNDARY * alone.std()
@@ -201,7 +219,7 @@ def test_a_document_has_the_same_logits_packed_or_alone(
         leaking = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
         leaking = leaking.clamp_max(63)
         with torch.no_grad():
-            wrong = target_logits(model, batch["input_ids"], leaking, batch["target_index"])
+            wrong = target_logits(model, {**batch, "position_ids": leaking})
         assert (torch.log_softmax(wrong.double(), -1) - alone).abs().max() > 0.1 * alone.std()
 
 
@@ -253,7 +271,7 @@ def test_logits_are_made_for_target_positions_only(teacher: Teacher) -> None:
     weight = model.get_output_embeddings().weight
     model.get_output_embeddings().register_forward_hook(lambda m, a, out: seen.append(out.shape))
     batch = collate([_all_rows(teacher)[i] for i in range(5)])
-    logits = target_logits(model, batch["input_ids"], batch["position_ids"], batch["target_index"])
+    logits = target_logits(model, batch)
     assert seen == [torch.Size([1, len(batch["labels"]), 21])]
     (gradient,) = torch.autograd.grad(logits.square().sum(), weight)
     plain = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
@@ -266,27 +284,64 @@ def test_soft_capped_logits_and_models_without_a_known_head(teacher: Teacher) ->
     sizes: dict[str, Any] = {**LLAMA, "head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 2.0}
     model = tiny_model(21, model_type="gemma2", **sizes)
     batch = collate([_all_rows(teacher)[i] for i in range(5)])
-    arguments = (batch["input_ids"], batch["position_ids"], batch["target_index"])
     with torch.no_grad():
-        capped = target_logits(model, *arguments)
-        plain = model(input_ids=arguments[0], position_ids=arguments[1], use_cache=False).logits
+        capped = target_logits(model, batch)
+        plain = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
         expected = plain.reshape(-1, 21)[batch["target_index"]]
         assert capped.abs().max() <= 2.0
         torch.testing.assert_close(capped, expected)
         model.get_output_embeddings = lambda: None
-        torch.testing.assert_close(target_logits(model, *arguments), expected)
+        torch.testing.assert_close(target_logits(model, batch), expected)
 
 
 def test_the_head_computes_in_float32_under_autocast_and_from_16_bit_weights(teacher: Teacher) -> None:
     """A 16-bit head rounds logits to 8 bits; ours are the float32 product of the hidden states they came from."""
     batch = collate([_all_rows(teacher)[i] for i in range(5)])
-    arguments = (batch["input_ids"], batch["position_ids"], batch["target_index"])
     for model, autocast in ((tiny_model(21), True), (tiny_model(21).bfloat16(), False)):
         hidden: list[torch.Tensor] = []
         body: nn.Module = model.model.norm
         body.register_forward_hook(lambda m, a, out, into=hidden: into.append(out))
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            logits = target_logits(model, *arguments)
+            logits = target_logits(model, batch)
         picked = hidden[0].reshape(-1, 32)[batch["target_index"]].float()
         assert logits.dtype == torch.float32
         torch.testing.assert_close(logits, picked @ model.lm_head.weight.float().T)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2"])
+def test_what_sits_at_the_heads_place_gets_its_input_and_gives_the_models_result(
+    teacher: Teacher, model_type: str
+) -> None:
+    """Whatever the model does to logits; gradients reach the trunk; the head is itself again afterwards."""
+    sizes: dict[str, Any] = {**LLAMA, "head_dim": 8, "sliding_window": 4} if model_type == "gemma2" else LLAMA
+    model = tiny_model(21, model_type=model_type, **sizes)
+    seat, head = HeadSeat(model), model.get_output_embeddings()
+    batch = collate([_all_rows(teacher)[i] for i in range(5)])
+    seen: list[torch.Tensor] = []
+    handle = head.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+    handle.remove()
+    (hidden,) = seat.run(model, batch, lambda hidden_TD: (hidden_TD,))
+    torch.testing.assert_close(hidden, seen[0].reshape(-1, 32)[batch["target_index"]])
+    hidden.square().sum().backward()
+    assert model.get_input_embeddings().weight.grad.abs().sum() > 0
+    assert "forward" not in head.__dict__
+    assert not model._forward_hooks
+    with pytest.raises(ZeroDivisionError):
+        seat.run(model, batch, lambda hidden_TD: (hidden_TD / (1 // 0),))
+    assert "forward" not in head.__dict__
+    assert not model._forward_hooks
+
+
+def test_a_model_that_does_not_call_its_head_once_is_refused(teacher: Teacher) -> None:
+    batch = collate([_all_rows(teacher)[0]])
+    for times in (0, 2):
+        model = tiny_model(21)
+        head, norm = model.get_output_embeddings(), model.model.norm
+        seat = HeadSeat(model)
+        if times == 0:
+            model.lm_head = nn.Linear(32, 21, bias=False)
+        else:
+            norm.register_forward_hook(lambda module, arguments, output, head=head: (head(output), output)[1])
+        with pytest.raises(StudentError, match=f"to call its head once, found {times} calls"):
+            seat.run(model, batch, lambda hidden_TD: (hidden_TD,))

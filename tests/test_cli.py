@@ -18,6 +18,9 @@ from tailcache.scripts.cli import VERBS, main
 from tailcache.scripts.flags import flag_names
 from tailcache.scripts.settings import default_settings, load_section
 from tailcache.storage.errors import ConfigError, DataError
+from tailcache.trainers.config import TrainConfig
+from tailcache.trainers.loss_config import LossConfig, LossParameters
+from tailcache.trainers.schedules import Schedule
 
 MISSING: Any = object()
 
@@ -74,7 +77,9 @@ def test_every_setting_of_prepare_is_explained(capsys: pytest.CaptureFixture[str
     assert "Turn text, chats or ready token ids into the corpus" in shown
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["prepare", "--help"], ["prepare", "--cache", "x"], ["prepar"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["prepare", "--help"], ["train", "--help"], ["prepare", "--cache", "x"], ["prepar"]]
+)
 def test_nothing_heavy_is_imported_for_help(arguments: list[str]) -> None:
     code = (
         "import sys; from tailcache.scripts.cli import main; status = main(sys.argv[1:]);"
@@ -210,6 +215,71 @@ def test_all_kinds_of_fields() -> None:
         with pytest.raises(ConfigError, match=message):
             default_settings(Outer, wrong, "here", MISSING)
     assert "--inner.size" in list(flag_names(Outer))
+
+
+TRAIN = {"cache": "c", "out": "o"}
+
+
+def test_a_weighted_sum_of_losses_comes_from_a_file() -> None:
+    losses = [{"name": "tad", "beta": 3, "top-k": 5}, {"name": "hidden_cosine", "weight": "5e-1"}]
+    made = default_settings(TrainConfig, {**TRAIN, "losses": losses}, "here", MISSING)
+    assert made.losses == (
+        LossConfig(name="tad", beta=3.0, top_k=5),
+        LossConfig(name="hidden_cosine", weight=0.5),
+    )
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        ([{"name": "tda"}], r"here, losses\[0\], name: expected one of kd, .*found 'tda'; did you mean tad"),
+        ([{"name": "kd"}, {"weight": 1}], r"here, losses\[1\]: expected a setting 'name', found weight"),
+        ([{}], r"here, losses\[0\]: expected a setting 'name', found nothing"),
+        ([{"name": "kd", "bta": 1}], r"losses\[0\]: there is no setting 'bta'; did you mean beta"),
+        ([{"name": "kd", "beta": 1}], r"losses\[0\], beta: belongs to tad, and the loss is 'kd'"),
+        ([{"name": "tad", "beta": "much"}], r"losses\[0\], beta: expected a number, found 'much'"),
+        ([{"name": "kd", "weight": -1}], r"losses\[0\], weight: expected a number >= 0"),
+        ("tad", "losses: expected a list, found 'tad'"),
+        (["tad"], r"losses\[0\]: expected settings by name, found 'tad'"),
+    ],
+)
+def test_mistakes_in_a_list_of_losses(losses: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        default_settings(TrainConfig, {**TRAIN, "losses": losses}, "here", MISSING)
+
+
+def test_a_list_of_losses_is_no_flag_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--losses" not in list(flag_names(TrainConfig))
+    assert main(["train", "--cache", "c", "--out", "o", "--losses", "tad"]) == 2
+    assert "--losses is a list of groups of settings, which flags cannot say" in capsys.readouterr().err
+    assert main(["train", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for field in dataclasses.fields(LossParameters):
+        assert f"--{field.name.replace('_', '-')} " in shown
+    assert "--losses" not in shown
+    assert "tad: the split K': the head is the teacher's" in shown
+
+
+def test_losses_reach_the_run_and_clash_with_the_flags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs: list[Any] = []
+    module = ModuleType("recorder")
+    module.run = runs.append  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "recorder", module)
+    monkeypatch.setitem(VERBS, "train", dataclasses.replace(VERBS["train"], module="recorder"))
+    file = tmp_path / "run.yaml"
+    file.write_text("train:\n  cache: c\n  out: o\n  losses:\n  - {name: tad, beta: 3}\n  - {name: todi}\n")
+    assert main(["train", "--config", str(file), "--clm-weight", "0.5"]) == 0
+    assert runs[0].losses == (LossConfig(name="tad", beta=3.0), LossConfig(name="todi"))
+    assert runs[0].clm_weight == 0.5
+    assert main(["train", "--config", str(file), "--loss", "kd"]) == 2
+    assert "loss: losses lists the divergences" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    flags = ["--beta", "2", "--beta-end", "5", "--beta-schedule", "cosine", "--top-k", "5"]
+    flags += ["--top-k-end", "20", "--top-k-schedule", "linear"]
+    assert main(["train", "--cache", "c", "--out", "o", *flags]) == 0
+    [tad] = runs[1].divergences
+    assert (tad.tail_weight, tad.split) == (Schedule(2.0, 5.0, "cosine"), Schedule(5, 20, "linear"))
 
 
 def test_a_file_without_this_verb_gives_nothing(tmp_path: Path) -> None:

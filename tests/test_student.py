@@ -16,8 +16,10 @@ from training_fixtures import make_corpus, one_thread, tiny_model
 from tailcache.storage.corpus import Corpus
 from tailcache.storage.errors import ConfigError, MismatchError, StudentError
 from tailcache.trainers.config import StudentConfig, TrainConfig
+from tailcache.trainers.loss_config import LossConfig
 from tailcache.trainers.student import build_student, longest_row
 
+TWO = (LossConfig(name="tad", beta=3.0), LossConfig(name="todi", weight=0.5))
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_layers": 2, "num_heads": 2}
 
 
@@ -191,16 +193,31 @@ def test_contradictory_student_settings_are_refused(settings: dict[str, Any], me
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss": "kd", "top_k": 5}, "top_k: the split K' is TAD's, and the loss is 'kd'"),
+        ({"loss": "kd", "top_k": 5}, "top_k: belongs to tad, and the loss is 'kd'; drop it"),
+        ({"loss": "clm", "tail": "bucket"}, "tail: belongs to kd, tad, .*, and the loss is 'clm'; drop it"),
+        ({"mixture": 0.3}, "mixture: belongs to jsd, and the loss is 'tad'; drop it"),
+        ({"losses": TWO, "loss": "kd"}, "loss: losses lists the divergences with their own weights"),
+        ({"losses": TWO, "beta": 3.0}, "beta: losses lists the divergences"),
+        ({"losses": TWO, "divergence_weight": 0.5}, "divergence_weight: losses lists the divergences"),
+        ({"losses": (LossConfig(name="kd", weight=0.0),), "clm_weight": 0.0}, "with every weight 0 there is no loss"),
         ({"batch_rows": 0}, "batch_rows: expected at least 1, found 0"),
         ({"max_steps": 0}, "max_steps: expected at least 1, found 0"),
         ({"beta": -1.0}, "beta: expected a number >= 0"),
         ({"learning_rate": float("nan")}, "learning_rate: expected a number >= 0, found nan"),
         ({"epochs": 0.0}, "epochs: expected a number > 0"),
         ({"loss": "clm", "clm_weight": 0.0}, "with every weight 0 there is no loss"),
-        ({"clm_weight": 0.0, "divergence_weight": 0.0}, "with every weight 0 there is no loss"),
+        ({"clm_weight": 0.0, "divergence_weight": 0.0, "loss": "kd"}, "with every weight 0 there is no loss"),
     ],
 )
 def test_impossible_training_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TrainConfig(cache=Path("cache"), out=Path("out"), **settings)
+
+
+def test_divergences_come_from_flags_or_from_a_list() -> None:
+    base: dict[str, Any] = {"cache": Path("cache"), "out": Path("out")}
+    assert TrainConfig(**base).divergences == (LossConfig(name="tad"),)
+    assert TrainConfig(**base, loss="clm").divergences == ()
+    jsd = TrainConfig(**base, loss="jsd", mixture=0.3, divergence_weight=0.5, tail="drop")
+    assert jsd.divergences == (LossConfig(name="jsd", mixture=0.3, weight=0.5, tail="drop"),)
+    assert TrainConfig(**base, losses=TWO).divergences == TWO
