@@ -212,7 +212,13 @@ def probe(case: HeadCase, seed: int = 7) -> LossOfTerms:
     def factors(*shape: int) -> Tensor:
         return torch.randn((num, *shape), generator=generator, dtype=torch.float64).to(case.hidden.device)
 
-    names = ["target", "not_target", "beyond", *(f"{each} {name}" for name in case.fills for each in ("with", "less"))]
+    names = [
+        "target",
+        "not_target",
+        "beyond",
+        "rest",
+        *(f"{each} {name}" for name in case.fills for each in ("with", "less")),
+    ]
     by_name = {name: factors() for name in names}
     tempered_Tn = factors(len(case.temperatures))
     head_TK, samples_Tm = factors(top_k), factors(num_samples)
@@ -227,6 +233,7 @@ def probe(case: HeadCase, seed: int = 7) -> LossOfTerms:
         drawn = (samples_Tm[rows].to(student.logprobs.dtype) * student.sample_logprobs).sum(-1)
         first = kept + part("beyond", student.log_beyond) - weighted(teacher.log_tail, student.log_beyond)
         second = drawn + part("target", student.log_target) + part("not_target", student.log_not_target)
+        second = second + part("rest", student.log_beyond_not_target)
         for name in case.fills:
             second = second + part(f"with {name}", student.fill_logprobs[name])
             second = second + part(f"less {name}", student.fill_logprobs_not_target[name])

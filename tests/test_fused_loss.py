@@ -94,7 +94,7 @@ def head_cases(draw: st.DrawFn) -> HeadCase:
 
 
 @given(case=head_cases(), tile=st.integers(1, 80), buffer_bytes=st.integers(1, 1 << 15))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_fused_is_unfused_whatever_the_shapes(case: HeadCase, tile: int, buffer_bytes: int) -> None:
     expected = outcome(case, "dense")
     with small_tiles(tile, buffer_bytes):
@@ -198,6 +198,26 @@ def test_only_what_is_trained_gets_a_gradient(needed: tuple[int, int, int], way:
     mine = outcome(case, way, needed=[bool(n) for n in needed])
     expected = (grad if need else None for grad, need in zip(whole[2:], needed, strict=True))
     assert_same(mine, Outcome(whole.total, whole.values, *expected), 1e-12)
+
+
+@pytest.mark.parametrize("way", FUSED)
+def test_a_frozen_head_costs_no_gradient_of_its_size(way: str) -> None:
+    case = head_case(num=3, vocab_size=60, width=40, bias=True)
+    for needed, fits in (((True, False, True), True), ((False, True, False), False)):
+        trained = case.trained(*needed)
+        with Largest() as largest:
+            evaluate(trained, way, probe(case))[0].backward()  # type: ignore[no-untyped-call]
+        assert (largest.num_bytes < case.head.weight.nbytes) == fits
+
+
+@pytest.mark.parametrize("way", FUSED)
+def test_a_loss_may_be_wider_than_the_terms(way: str) -> None:
+    """As one that takes float64 targets; the total, and what comes back from it, are in the head's type."""
+    case = head_case(dtype=torch.float32)
+    expected = outcome(case, "dense")
+    mine = outcome(case, way, loss=lambda *given: probe(case)(*given).double())
+    assert mine.values.dtype == torch.float64
+    assert_same(mine._replace(values=mine.values.float()), expected, 1e-6)
 
 
 @pytest.mark.parametrize("way", FUSED)
@@ -389,7 +409,7 @@ def test_a_second_backward_of_one_pass_is_refused(way: str) -> None:
     trained = head_case().trained()
     total, _ = evaluate(trained, way, probe(trained))
     total.backward(retain_graph=True)  # type: ignore[no-untyped-call]
-    with pytest.raises(RuntimeError, match=r"one backward of a one-pass loss.*use mode='recompute'"):
+    with pytest.raises(RuntimeError, match=r"one backward of a one-pass loss.*use fused_loss with mode='recompute'"):
         total.backward()  # type: ignore[no-untyped-call]
 
 

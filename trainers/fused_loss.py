@@ -46,7 +46,7 @@ LossOfLogits = Callable[[slice, Tensor], Tensor]
 
 _AGAIN = (
     "fused loss: expected one backward of a one-pass loss, found a second (retain_graph=True); its gradients were made "
-    "in the forward and are given away: use mode='recompute'"
+    "in the forward and are given away: run the forward again, or use fused_loss with mode='recompute'"
 )
 
 
@@ -77,7 +77,8 @@ def fused_loss(
 
     Returns:
       The total, a scalar that can be differentiated once, with respect to hidden states, weight and bias; and the
-      parts [T, P], which cannot. Both in float32 (float64 if hidden states or weight are).
+      parts [T, P], which cannot, as the loss returned them. The total is float32 (float64 if hidden states or weight
+      are).
 
     Raises:
       MismatchError: shapes that do not belong together.
@@ -93,7 +94,8 @@ def fused_loss(
         with torch.autocast(device_type=hidden_TD.device.type, enabled=False):
             student = terms_from_head(terms, teacher, fills=fills, temperatures=temperatures)
             values_TP = loss(slice(0, len(teacher)), teacher, student)
-            return _total(values_TP, coefficients_P, len(teacher)), values_TP.detach()
+            total = _total(values_TP, coefficients_P, len(teacher))
+        return total.to(terms.gathered.dtype), values_TP.detach()
     if mode != "one-pass":
         raise ConfigError(f"mode: expected 'one-pass' or 'recompute', found {mode!r}")
     check_head(hidden_TD, head, teacher)
