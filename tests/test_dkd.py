@@ -27,6 +27,7 @@ from loss_cases import (
     float64,
     make_case,
     slope,
+    student_logits,
     teacher_logprobs,
     terms,
 )
@@ -251,6 +252,22 @@ def test_a_student_sure_of_a_token_the_teacher_has_beyond_its_top_k() -> None:
         expected, expected_slope = reference.nckd("bucket", p, q, int(y[t]), single.token_ids[t].tolist())
         assert_close(value[t].item(), expected, UNDERFLOW)
         assert_close(slope(value, logits)[t].double(), float64(expected_slope), UNDERFLOW)
+
+
+@pytest.mark.parametrize("share", [1e-3, 1e-6, 1e-9, 1e-12])
+def test_a_true_token_that_is_nearly_all_of_the_tail(share: float) -> None:
+    """Float32 knows the rest of the tail to 1e-7 of it: an error of that size, and no infinity where it is lost."""
+    p = torch.cat([torch.tensor([0.6, 0.3, 0.1 * (1 - share)]), torch.full((30,), 0.1 * share / 30)]).double()[None]
+    teacher = cast(cached((p / p.sum()).log(), 2, 0, torch.tensor([2])), torch.float32)
+    logits = student_logits(1, 33).float().requires_grad_()
+    student = student_terms(logits, teacher)
+    q = reference.softmax(logits[0].tolist())
+    expected, expected_slope = reference.nckd("bucket", (p / p.sum())[0].tolist(), q, 2, [0, 1])
+    value = non_target_class_kl(teacher, student, bucket)
+    assert_close(value[0].item(), expected, FLOAT32)
+    assert_close(slope(value, logits)[0].double(), float64(expected_slope), FLOAT32)
+    for loss in (reverse_kl, todi):
+        assert_finite(loss(*bucket_atoms(*without_target(teacher, student))), logits)
 
 
 def test_a_teacher_sure_of_the_true_token_says_nothing_of_the_others() -> None:

@@ -49,7 +49,8 @@ def without_target(teacher: TeacherTerms, student: StudentTerms) -> tuple[Teache
 
     rho is a difference where y is off the top-K. y is then less likely than each of the top-K, so 1 - p_y is at least
     1/2 and the rounding of rho, about 1e-7 alpha, weighs no more than that in any loss. The student's mass of the rest,
-    whose *logarithm* counts, is a sum.
+    whose *logarithm* counts, is a sum. For a divergence in which log rho counts as well (the reverse KL that ATKD may
+    wrap), a rho that the rounding swallowed, though ids are left, is unknown: both then lack that atom.
 
     Args:
       teacher: the cached targets; log space.
@@ -66,7 +67,8 @@ def without_target(teacher: TeacherTerms, student: StudentTerms) -> tuple[Teache
     beyond_T = ~teacher.is_target.any(-1)
     num_rest_T = teacher.vocab_size - teacher.top_k - beyond_T.long()
     some_T = (num_rest_T > 0) & (teacher.log_tail > -torch.inf)
-    some_T = some_T & (~beyond_T | (teacher.log_target < teacher.log_tail))
+    unknown_T = some_T & beyond_T & (teacher.log_target >= teacher.log_tail)
+    some_T = some_T & ~unknown_T
     # x = log(p_y / alpha) <= 0; 1 - p_y / alpha = -expm1(x). Where y is in the top-K the share of y is 0.
     x_T = torch.where(some_T & beyond_T, teacher.log_target - teacher.log_tail, -torch.inf)
     log_share_T = torch.where(some_T, (-torch.expm1(x_T)).log(), 0.0)
@@ -90,7 +92,7 @@ def without_target(teacher: TeacherTerms, student: StudentTerms) -> tuple[Teache
         log_target=torch.full_like(student.log_target, -torch.inf),
         log_not_target=torch.zeros_like(student.log_not_target),
         sample_logprobs=drawn_Tm * (student.sample_logprobs - log_not_q_T[:, None]),
-        log_beyond=student.log_beyond_not_target - log_not_q_T,
+        log_beyond=torch.where(unknown_T, -torch.inf, student.log_beyond_not_target - log_not_q_T),
         log_beyond_not_target=student.log_beyond_not_target - log_not_q_T,
         fill_logprobs={name: mean_T - log_not_q_T for name, mean_T in student.fill_logprobs_not_target.items()},
         fill_logprobs_not_target={},
