@@ -108,7 +108,8 @@ class HeadCase:
         bias = self.head.bias
         teacher = replace(self.teacher, **{name: each(value) for name, value in vars(self.teacher).items()})
         case = self.with_leaves(leaf(self.hidden), leaf(self.head.weight), None if bias is None else leaf(bias))
-        return replace(case, teacher=teacher, fills={name: other(fill) for name, fill in self.fills.items()})
+        fills = {name: other(fill) for name, fill in self.fills.items()}
+        return replace(case, teacher=teacher, fills=fills, coefficients=other(self.coefficients))
 
 
 def targets(

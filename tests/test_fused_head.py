@@ -63,7 +63,7 @@ def expected_terms(case: HeadCase) -> dict[str, Tensor]:
     """From log-softmax of whole rows and masks, in float64."""
     teacher = case.teacher
     logits = case.head.logits(case.hidden)
-    rows, ids = torch.arange(len(teacher))[:, None], teacher.token_ids
+    rows, ids = torch.arange(len(teacher), device=logits.device)[:, None], teacher.token_ids
     in_head = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
     in_head[rows, ids] = True
     is_target = torch.zeros_like(in_head)
