@@ -395,9 +395,10 @@ def test_the_loss_is_called_with_consecutive_pieces() -> None:
 
 
 @pytest.mark.parametrize("way", FUSED)
-def test_a_second_derivative_is_refused(way: str) -> None:
+def test_a_second_derivative_is_refused_and_the_parts_have_none(way: str) -> None:
     trained = head_case(bias=True).trained()
-    total, _ = evaluate(trained, way, probe(trained))
+    total, values = evaluate(trained, way, probe(trained))
+    assert not values.requires_grad
     (gradient,) = torch.autograd.grad(total, [trained.hidden], create_graph=True)
     assert torch.isfinite(gradient).all()
     with pytest.raises(RuntimeError, match=r"expected one differentiation.*compute the loss from full logits"):
@@ -423,14 +424,6 @@ def test_a_second_backward_of_recompute_adds_the_same_again() -> None:
         assert leaf is not None
         assert expected is not None
         torch.testing.assert_close(leaf.grad, 2 * expected)
-
-
-@pytest.mark.parametrize("way", FUSED)
-def test_the_parts_cannot_be_differentiated(way: str) -> None:
-    trained = head_case().trained()
-    total, values = evaluate(trained, way, probe(trained))
-    assert total.requires_grad
-    assert not values.requires_grad
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------
