@@ -44,15 +44,12 @@ def parse_flags(
     except SystemExit as stop:
         if stop.code:
             known = list(flag_names(config_class))
-            in_file = [
-                f"--{each.name}" for each in dataclasses.fields(config_class) if _only_in_file(config_class, each)
-            ]
             for flag in flags:
                 name = flag.partition("=")[0].replace("_", "-")
-                if name in in_file:
+                if name.removeprefix("--").replace("-", "_") in _only_in_file(config_class):
                     print(
                         f"{prog}: {name} is a list of groups of settings, which flags cannot say; put it in a file: "
-                        f"--config FILE",
+                        "--config FILE",
                         file=sys.stderr,
                     )
                 elif name.startswith("--") and name not in known and name != "--help":
@@ -65,7 +62,7 @@ def flag_names(config_class: type, prefix: str = "--") -> Iterator[str]:
     hints = typing.get_type_hints(config_class)
     for each in dataclasses.fields(config_class):
         name = each.name.replace("_", "-")
-        if _only_in_file(config_class, each):
+        if each.name in _only_in_file(config_class):
             continue
         if dataclasses.is_dataclass(hints[each.name]):
             yield from flag_names(hints[each.name], f"{prefix}{name}.")
@@ -74,9 +71,10 @@ def flag_names(config_class: type, prefix: str = "--") -> Iterator[str]:
             yield f"{prefix}no-{name}"
 
 
-def _only_in_file(config_class: type, field: dataclasses.Field[Any]) -> bool:
-    """Whether a setting is a list of groups of settings: a file can say it, flags cannot."""
-    return any(map(dataclasses.is_dataclass, typing.get_args(typing.get_type_hints(config_class)[field.name])))
+def _only_in_file(config_class: type) -> set[str]:
+    """The settings that are lists of groups of settings: a file can say them, flags cannot."""
+    hints = typing.get_type_hints(config_class)
+    return {name for name, hint in hints.items() if any(map(dataclasses.is_dataclass, typing.get_args(hint)))}
 
 
 def _flow_help(config_class: type) -> None:
@@ -88,7 +86,7 @@ def _flow_help(config_class: type) -> None:
 
     for owner in filter(dataclasses.is_dataclass, config_class.__mro__):
         hints = typing.get_type_hints(owner, include_extras=True)
-        in_file = {each.name for each in dataclasses.fields(owner) if _only_in_file(owner, each)}
+        in_file = _only_in_file(owner)
         for name, text in _field_docstrings(owner):
             hint = hints[name]
             if dataclasses.is_dataclass(hint) and isinstance(hint, type):

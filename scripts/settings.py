@@ -182,7 +182,7 @@ def _fit_sequence(value: Any, origin: Any, arguments: tuple[Any, ...], where: st
         kinds = [arguments[0]] * len(value)
     fitted = [
         _listed(kind, part, f"{where}[{index}]")
-        if dataclasses.is_dataclass(kind)
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind)
         else _fit(part, kind, f"{where}[{index}]", missing)
         for index, (part, kind) in enumerate(zip(value, kinds, strict=True))
     ]

@@ -323,7 +323,7 @@ def test_what_sits_at_the_heads_place_gets_its_input_and_gives_the_models_result
     handle.remove()
     (hidden,) = seat.run(model, batch, lambda hidden_TD: (hidden_TD,))
     torch.testing.assert_close(hidden, seen[0].reshape(-1, 32)[batch["target_index"]])
-    hidden.square().sum().backward()
+    hidden.square().sum().backward()  # type: ignore[no-untyped-call]
     assert model.get_input_embeddings().weight.grad.abs().sum() > 0
     assert "forward" not in head.__dict__
     assert not model._forward_hooks

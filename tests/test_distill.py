@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ from training_fixtures import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from tailcache.pipeline.capture import capture
+from tailcache.pipeline.config import CaptureConfig
 from tailcache.scripts.train import run
 from tailcache.storage.alignment import next_tokens, target_positions
 from tailcache.storage.codec import Targets
@@ -48,7 +50,9 @@ from tailcache.trainers.linear_head import BUFFER_BYTES
 from tailcache.trainers.loss_config import LossConfig
 from tailcache.trainers.objective import Objective
 from tailcache.trainers.run import train
+from tailcache.trainers.soundness import SOUND_TAILS
 
+NARROW = StudentConfig(hidden_size=24, num_layers=1, num_heads=2)
 SMALL = StudentConfig(hidden_size=32, num_layers=2, num_heads=2)
 KL = partial(objective_for, clm_weight=0.0)
 
@@ -81,6 +85,21 @@ def _config(source: Teacher, out: Path, **settings: Any) -> TrainConfig:
         "device": "cpu",
     }
     return TrainConfig(cache=source.corpus.path.parent, out=out, **{**defaults, **settings})
+
+
+@pytest.fixture(scope="module")
+def hidden_states(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Teacher]:
+    """Two real captures of `tiny_model(21)` with its hidden states."""
+    folder = tmp_path_factory.mktemp("hidden")
+    tokenizer = build_tokenizer("wordlevel")
+    make_corpus(folder / "cache", tokenizer)
+    tiny_model(21).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for kind in ("bf16", "int8"):
+        settings: dict[str, Any] = {"name": kind, "hidden": kind, "top_k": 12, "num_samples": 4, "device": "cpu"}
+        capture(CaptureConfig(cache=folder / "cache", teacher=str(folder / "model"), **settings), show_progress=False)
+    cache = open_cache(folder / "cache")
+    return {kind: cache.teacher(kind) for kind in ("bf16", "int8")}
 
 
 def _trainer(teacher: Teacher, out: Path, objective: Objective, model: Any = None, **settings: Any) -> Any:
@@ -175,9 +194,6 @@ def test_the_gradient_of_the_truth_is_zero_and_of_another_student_is_not(whole: 
 
 def test_the_truth_through_the_real_capture(tmp_path: Path) -> None:
     """prepare's store, capture's own forward and head, the trainer's forward: zero, and not when shifted."""
-    from tailcache.pipeline.capture import capture
-    from tailcache.pipeline.config import CaptureConfig
-
     tokenizer = build_tokenizer("wordlevel")
     corpus = make_corpus(tmp_path / "cache", tokenizer)
     model = tiny_model(corpus.vocab_size)
@@ -200,6 +216,37 @@ def test_the_truth_through_the_real_capture(tmp_path: Path) -> None:
         assert abs(np.mean(values)) <= 5 * np.std(values) / len(values) ** 0.5
         bucket = _trainer(kept, tmp_path / "out", KL(kept, "kd", tail="bucket"), tiny_model(corpus.vocab_size))
         assert abs(float(bucket.compute_loss(bucket.model, collate(_rows(kept))))) <= CODEC_MEAN
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("bf16", 2e-4), ("int8", 2e-3)])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        LossConfig(name="kd", tail="exact"),
+        LossConfig(name="kd", tail="exact", temperature=3.0),
+        LossConfig(name="tad", tail="exact"),
+        LossConfig(name="dkd", tail="exact"),
+        LossConfig(name="atkd", tail="exact", wraps="jsd"),
+        LossConfig(name="reverse_kl", tail="exact"),
+        LossConfig(name="jsd", tail="exact"),
+        LossConfig(name="skew_reverse_kl", tail="exact"),
+        LossConfig(name="todi", tail="exact"),
+        LossConfig(name="hidden_cosine"),
+    ],
+    ids=lambda loss: f"{loss.name} at {loss.temperature:g}",
+)
+def test_the_truth_through_stored_hidden_states(
+    hidden_states: dict[str, Teacher], kind: str, bound: float, loss: LossConfig, tmp_path: Path
+) -> None:
+    """Zero but for the rounding of the stored hidden state, and not when shifted."""
+    teacher = hidden_states[kind]
+    trainer = _trainer(teacher, tmp_path, KL(teacher, loss), tiny_model(21))
+    assert trainer.why_full_logits is None
+    rows = _rows(teacher)
+    with torch.no_grad():
+        assert abs(float(trainer.compute_loss(trainer.model, collate(rows)))) <= bound
+        shifted = [_shifted(row) for row in rows]
+        assert float(trainer.compute_loss(trainer.model, collate(shifted))) > 50 * bound
 
 
 # ---- what must leave no trace in the loss ----
@@ -249,6 +296,58 @@ def test_micro_batches_padding_and_layout_do_not_change_the_loss(teacher: Teache
         other, slope = _loss_and_gradient(trainer, batches)
         assert abs(other - loss) <= MICRO_BATCH * max(1.0, abs(loss)), name
         assert (slope - gradient).abs().max() <= MICRO_BATCH * max(1.0, float(gradient.abs().max())), name
+
+
+WITH_HIDDEN: dict[str, Callable[[Teacher], Objective]] = {
+    "tad-exact": lambda t: objective_for(t, "tad", tail="exact"),
+    "dkd-exact": lambda t: objective_for(t, "dkd", tail="exact"),
+    "kd-exact at 3": lambda t: objective_for(t, "kd", tail="exact", temperature=3.0),
+    "todi-exact": lambda t: objective_for(t, "todi", tail="exact"),
+    "cosine": lambda t: objective_for(t, "hidden_cosine"),
+    "several": lambda t: objective_for(
+        t, LossConfig(name="hidden_cosine", weight=0.5), LossConfig(name="tad"), LossConfig(name="jsd", tail="exact")
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITH_HIDDEN)
+def test_losses_from_hidden_states_do_not_depend_on_the_batch_and_train(
+    hidden_states: dict[str, Teacher], name: str, tmp_path: Path
+) -> None:
+    teacher = hidden_states["int8"]
+    trainer = _trainer(teacher, tmp_path, WITH_HIDDEN[name](teacher))
+    rows = _rows(teacher)[:9]
+    loss, gradient = _loss_and_gradient(trainer, [collate(rows)])
+    for batches in ([collate([row]) for row in rows], [collate(rows, layout="documents")], [collate(rows[::-1])]):
+        other, slope = _loss_and_gradient(trainer, batches)
+        assert abs(other - loss) <= MICRO_BATCH * max(1.0, abs(loss))
+        assert (slope - gradient).abs().max() <= MICRO_BATCH * max(1.0, float(gradient.abs().max()))
+    # Autocast rounds the factors of the head, not the teacher's.
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = float(trainer.compute_loss(trainer.model, collate(rows)).detach())
+    assert rounded != loss
+    assert rounded == pytest.approx(loss, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["tad-exact", "dkd-exact", "kd-exact at 3", "todi-exact"])
+def test_losses_from_hidden_states_are_the_same_fused_and_from_full_logits(
+    hidden_states: dict[str, Teacher], name: str, tmp_path: Path
+) -> None:
+    teacher = hidden_states["bf16"]
+    _assert_alike(_fused_and_full(teacher, WITH_HIDDEN[name](teacher), HEADS["gemma2, capped"], tmp_path, "one-pass"))
+
+
+def test_runs_with_hidden_states(hidden_states: dict[str, Teacher], tmp_path: Path) -> None:
+    teacher = hidden_states["bf16"]
+    losses = (LossConfig(name="hidden_cosine"), LossConfig(name="reverse_kl", tail="exact"))
+    settings: dict[str, Any] = {"teacher": "bf16", "clm_weight": 0.0, "batch_rows": 18, "max_steps": 12, "warmup": 0.0}
+    train(_config(teacher, tmp_path / "both", losses=losses, **settings))
+    curve = _lines(tmp_path / "both" / "training.jsonl")
+    for part in ("hidden_cosine", "reverse_kl"):
+        assert curve[-1][part] < 0.97 * curve[0][part]
+    with pytest.raises(StudentError, match=r"the teacher's width, 32, found 24; choose --student.hidden-size 32"):
+        train(_config(teacher, tmp_path / "narrow", loss="hidden_cosine", teacher="bf16", student=NARROW))
+    assert not (tmp_path / "narrow" / "metrics.jsonl").exists()
 
 
 def test_atkd_alone_depends_on_the_micro_batches_and_not_on_padding_or_layout(teacher: Teacher, tmp_path: Path) -> None:
@@ -322,7 +421,7 @@ def _assert_alike(found: list[tuple[float, torch.Tensor, dict[str, float]]]) -> 
 def test_every_loss_is_the_same_fused_and_from_full_logits(
     teacher: Teacher, name: str, head_mode: str, tmp_path: Path
 ) -> None:
-    objective = OBJECTIVES.get(name, lambda t: objective_for(t, "atkd"))(teacher)
+    objective = objective_for(teacher, "atkd") if name == "atkd" else OBJECTIVES[name](teacher)
     _assert_alike(_fused_and_full(teacher, objective, HEADS["llama"], tmp_path, head_mode))
 
 
@@ -359,11 +458,11 @@ def test_a_head_that_is_not_linear_is_trained_through_full_logits_and_said_so(
     assert said in capsys.readouterr().out.splitlines()
 
 
-class LargestTensor(TorchDispatchMode):
+class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the most elements of any tensor that an operation makes."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -615,6 +714,69 @@ def test_no_held_out_rows_no_evaluation(tmp_path: Path, capsys: pytest.CaptureFi
     assert "nothing is evaluated" in capsys.readouterr().out
 
 
+# ---- every loss, and schedules ----
+
+MOVING: dict[str, Any] = {
+    "loss": "tad",
+    "beta": 1.0,
+    "beta_end": 3.0,
+    "beta_schedule": "cosine",
+    "top_k": 2,
+    "top_k_end": 10,
+    "top_k_schedule": "linear",
+}
+
+
+@pytest.mark.parametrize("loss", [name for name in SOUND_TAILS if name not in ("clm", "hidden_cosine")])
+def test_every_loss_trains(teacher: Teacher, loss: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its divergence alone falls, on the rows it is trained on."""
+    settings: dict[str, Any] = {"loss": loss, "clm_weight": 0.0, "max_steps": 12, "batch_rows": 18, "warmup": 0.0}
+    train(_config(teacher, tmp_path, **settings))
+    curve = _lines(tmp_path / "training.jsonl")
+    assert all(math.isfinite(line[name]) for line in curve for name in ("loss", "clm", "divergence", "grad_norm"))
+    assert all(line["loss"] == pytest.approx(line["divergence"], rel=1e-5) for line in curve)
+    assert curve[-1]["divergence"] < 0.97 * curve[0]["divergence"]
+    assert f"loss: {loss}" in capsys.readouterr().out
+
+
+def test_parts_of_a_sum_are_logged_by_name(
+    teacher: Teacher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = (LossConfig(name="tad", weight=0.5, beta=3.0), LossConfig(name="kd", temperature=2.0))
+    train(_config(teacher, tmp_path, losses=losses, clm_weight=0.2, max_steps=2))
+    for line in _lines(tmp_path / "training.jsonl"):
+        assert line["loss"] == pytest.approx(0.2 * line["clm"] + 0.5 * line["tad"] + line["kd"], rel=1e-5)
+        assert (line["tad_beta"], line["tad_top_k"]) == (3.0, 10)
+        assert "divergence" not in line
+    record = json.loads((tmp_path / "tailcache.json").read_text())
+    assert [(each["name"], each["tail"], each["top_k"]) for each in record["config"]["losses"]] == [
+        ("tad", "sampled", 10),
+        ("kd", "bucket", None),
+    ]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1] == (
+        "loss: 0.2 cross-entropy + 0.5 tad, K' = 10 of 12, beta 3, tail sampled + kd, temperature 2.0, tail bucket; "
+        "teacher 'teacher'"
+    )
+    with pytest.raises(MismatchError, match="losses: the checkpoint has"):
+        train(_config(teacher, tmp_path, losses=losses[:1], clm_weight=0.2, max_steps=2, resume=True))
+
+
+def test_schedules_move_with_the_steps_and_are_logged(teacher: Teacher, tmp_path: Path) -> None:
+    """The values of a line are those of its step: done steps / all steps."""
+    train(_config(teacher, tmp_path / "moving", **MOVING, max_steps=4))
+    lines = _lines(tmp_path / "moving" / "training.jsonl")
+    assert [line["top_k"] for line in lines] == [2, 4, 6, 8]
+    expected = [1 + 2 * (1 - math.cos(math.pi * step / 4)) / 2 for step in range(4)]
+    assert [line["beta"] for line in lines] == pytest.approx(expected)
+    fixed = {"loss": "tad", "beta": 1.0, "top_k": 2}
+    train(_config(teacher, tmp_path / "fixed", **fixed, max_steps=4))
+    others = _lines(tmp_path / "fixed" / "training.jsonl")
+    assert [line["top_k"] for line in others] == [2] * 4
+    assert others[0]["loss"] == lines[0]["loss"]
+    assert others[1]["loss"] != lines[1]["loss"]
+
+
 # ---- resuming ----
 
 
@@ -636,11 +798,21 @@ def _kill_runs_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tailcache.trainers.run.DistillTrainer", partial(make, callbacks=[_KillAt(step)]))
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {},
+        {**MOVING, "head_mode": "recompute"},
+        {"loss": "rs_kd"},
+        {"losses": (LossConfig(name="atkd"), LossConfig(name="jsd", tail="prior", weight=0.5))},
+    ],
+    ids=["tad", "schedules", "rs_kd", "several"],
+)
 def test_a_killed_run_continues_to_the_same_weights_and_curves(
-    teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    teacher: Teacher, loss: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed in the middle of the second epoch, after a checkpoint and two further steps."""
-    settings: dict[str, Any] = {"batch_rows": 2, "gradient_accumulation": 2, "max_steps": 13, "save_every": 3}
+    settings: dict[str, Any] = {"batch_rows": 2, "gradient_accumulation": 2, "max_steps": 13, "save_every": 3, **loss}
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     train(_config(teacher, straight, **settings))
     with monkeypatch.context() as patch:
@@ -717,14 +889,19 @@ train(TrainConfig(
 
 
 @pytest.mark.slow
-def test_two_processes_train_like_one(teacher: Teacher, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("loss", "tied"),
+    [({"loss": "tad", "head_mode": "recompute"}, True), ({"loss": "rs_kd"}, False)],
+    ids=["tied, recompute", "untied, one-pass"],
+)
+def test_two_processes_train_like_one(teacher: Teacher, loss: dict[str, Any], tied: bool, tmp_path: Path) -> None:
     """DDP over gloo: the positions of both are counted, their gradients averaged back to the sum."""
     settings: dict[str, Any] = {"max_steps": 3, "eval_every": 3, "log_every": 1, "learning_rate": 1e-3, "device": "cpu"}
+    settings |= {**loss, "student": replace(SMALL, tie_embeddings=tied)}
     train(_config(teacher, tmp_path / "one", batch_rows=6, **settings))
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
-    student = {"hidden_size": SMALL.hidden_size, "num_layers": SMALL.num_layers, "num_heads": SMALL.num_heads}
-    text = json.dumps({**settings, "batch_rows": 3, "student": student})
+    text = json.dumps({**settings, "batch_rows": 3, "student": asdict(settings["student"])})
     done = subprocess.run(
         [
             sys.executable,

@@ -379,8 +379,12 @@ VALUES: dict[str, Any] = {
 @pytest.mark.parametrize("name", [name for name in SOUND_TAILS if name != "clm"])
 def test_parameters_of_other_losses_are_refused(name: Any) -> None:
     for parameter, value in VALUES.items():
-        partner = {"top_k": {}, "top_k_end": {"top_k_schedule": "linear"}, "beta_end": {"beta_schedule": "linear"}}
-        partner |= {"top_k_schedule": {"top_k_end": 3}, "beta_schedule": {"beta_end": 3.0}}
+        partner: dict[str, dict[str, Any]] = {
+            "top_k_end": {"top_k_schedule": "linear"},
+            "beta_end": {"beta_schedule": "linear"},
+            "top_k_schedule": {"top_k_end": 3},
+            "beta_schedule": {"beta_end": 3.0},
+        }
         settings = {parameter: value, **partner.get(parameter, {})}
         if parameter in parameters_of(name):
             LossConfig(name=name, **settings)

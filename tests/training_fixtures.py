@@ -28,7 +28,7 @@ from tailcache.trainers.batches import TARGET_FIELDS
 from tailcache.trainers.loss_config import LossConfig
 from tailcache.trainers.objective import Objective
 
-LLAMA = {
+LLAMA: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,

@@ -196,7 +196,7 @@ class LossConfig(LossParameters):
 
     def __post_init__(self) -> None:
         if self.name not in get_args(Divergence):
-            also = "; the cross-entropy's weight is clm_weight" if self.name == "clm" else ""
+            also = "; the cross-entropy's weight is clm_weight" if str(self.name) == "clm" else ""
             raise ConfigError(f"name: expected one of {', '.join(get_args(Divergence))}; found {self.name!r}{also}")
         if not 0 <= self.weight < math.inf:
             raise ConfigError(f"weight: expected a number >= 0, found {self.weight}")

@@ -278,7 +278,7 @@ def stored_by(teacher: Teacher, *, mean_tail: bool) -> Stored:
         vocab_size=teacher.vocab_size,
         num_samples=teacher.num_samples,
         temperatures=tuple(teacher.temperatures),
-        hidden_kind=getattr(teacher, "hidden_kind", "none"),
+        hidden_kind=teacher.hidden_kind,
         mean_tail_support=int(np.count_nonzero(teacher.mean_tail)) if mean_tail else 0,
     )
 
