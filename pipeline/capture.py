@@ -393,7 +393,8 @@ def _resolved(config: CaptureConfig) -> dict[str, Any]:
     places = ("cache", "teacher", "threads")
     off = {name for name, default in _OPTIONAL.items() if getattr(config, name) == default}
     values = {name: value for name, value in vars(config).items() if name not in places and name not in off}
-    return {name: value if isinstance(value, int | float | None) else str(value) for name, value in values.items()}
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {n: value if isinstance(value, int | float | list | None) else str(value) for n, value in values.items()}
 
 
 def _run(

@@ -138,7 +138,7 @@ def summarise_logits(
             tail_sum_V.add_((tail_T.reciprocal().float()[None, :] @ exp_TV)[0])
         weighted_T = _block_sum(exp_TV.mul_(logits_TV))
         tail_entropy_T = tail_T.log() - weighted_T / tail_T
-        log_z_tail_Tn = _tempered(logits_TV, temperatures, (tail_max_T.double() - log_total_T)[:, None], exp_TV)
+        log_z_tail_Tn = _tempered(logits_TV, temperatures, tail_max_T.double() - log_total_T, exp_TV)
 
     logprobs_TK = head_TK - log_total_T[:, None]
     log_target_T = target_logits_T - log_total_T
@@ -165,16 +165,16 @@ def _block_sum(values_TV: Tensor) -> Tensor:
     return values_TV.view(len(values_TV), -1, BLOCK).sum(-1).sum(-1, dtype=torch.float64)
 
 
-def _tempered(shifted_TV: Tensor, temperatures: tuple[float, ...], log_max_T1: Tensor, scratch_TV: Tensor) -> Tensor:
+def _tempered(shifted_TV: Tensor, temperatures: tuple[float, ...], log_max_T: Tensor, scratch_TV: Tensor) -> Tensor:
     """[T, n] float64, log of the tail's sum of p^(1/tau), from logits less the tail's largest.
 
     That largest one's own log-probability, divided by tau, is put back afterwards: so at every temperature the largest
     term is 1, and a tail of 1e-30 is summed as well as one of a half.
     """
-    log_z_tail_Tn = log_max_T1.new_empty((len(shifted_TV), len(temperatures)))
+    log_z_tail_Tn = log_max_T.new_empty((len(shifted_TV), len(temperatures)))
     for i, tau in enumerate(temperatures):
-        log_z_tail_Tn[:, i] = _block_sum(torch.div(shifted_TV, tau, out=scratch_TV).exp_()).log()
-    return log_z_tail_Tn + log_max_T1 / log_max_T1.new_tensor(temperatures)
+        log_z_tail_Tn[:, i] = _block_sum(torch.div(shifted_TV, tau, out=scratch_TV).exp_()).log() + log_max_T / tau
+    return log_z_tail_Tn
 
 
 def _draw(exp_TBb: Tensor, cumulative_TB: Tensor, points_Tm: Tensor) -> Tensor:

@@ -64,6 +64,7 @@ def test_the_partition_function_at_other_temperatures(cache: Path, teacher: Teac
     found = open_cache(cache).teacher("t")
     assert found.temperatures == TEMPERATURES
     assert found.manifest["layout"]["temperatures"] == list(TEMPERATURES)
+    assert found.manifest["provenance"]["config"]["temperatures"] == list(TEMPERATURES)
     targets = found.rows(0, found.corpus.num_rows, optional=["log_z_tail"])
     logits = document_logits(teacher.model, DOCUMENTS, V)
     logprobs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
@@ -335,3 +336,19 @@ def test_the_command_with_all_fields(cache: Path, tmp_path: Path, capsys: pytest
     assert cli.main(["verify", "--cache", str(cache)]) == 0
     assert cli.main(["compare", "--cache", str(cache)]) == 0
     assert cli.main([*command, "--hidden", "fp8"]) == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+def test_a_gpu_stores_what_the_cpu_stores(cache: Path, dtype: torch.dtype, kind: HiddenKind) -> None:
+    for device in ("cpu", "cuda"):
+        model = tiny_model("llama", V).to(dtype).to(device)
+        run(cache, Teacher(model, vocab_size=V), name=device, temperatures=TEMPERATURES, hidden=kind, device=device)
+    assert verify(cache) == []
+    a, b = (open_cache(cache).teacher(name).rows(0, 10, optional=["log_z_tail", "hidden"]) for name in ("cpu", "cuda"))
+    tolerance = 0.001 if dtype == torch.float32 else 0.2
+    np.testing.assert_allclose(a.log_z_tail, b.log_z_tail, atol=tolerance, rtol=2.0**-12)
+    step = 2.0**-7 if kind == "bf16" else np.abs(hidden_float32(a.hidden, a.hidden_scale)).max() / 127
+    found, expected = (hidden_float32(targets.hidden, targets.hidden_scale) for targets in (b, a))
+    np.testing.assert_allclose(found, expected, atol=tolerance + step, rtol=step)

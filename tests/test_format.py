@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import tensorstore
 from numpy.typing import NDArray
-from storage_fixtures import Exact, corpus_next, make_corpus, make_exact
+from storage_fixtures import Exact, corpus_next, make_corpus, make_exact, make_head
 
+from tailcache.storage.hidden import HeadKind, HiddenKind, hidden_float32
 from tailcache.storage.reader import open_cache
 
 PAGE = Path(__file__).parent.parent / "docs" / "format.md"
 GOLDEN = Path(__file__).parent / "golden" / "v1"
+OPTIONAL = Path(__file__).parent / "golden" / "v1_optional"
 
 
 class PageReader:
@@ -83,6 +85,45 @@ class PageReader:
             decoded["tail_samples"].append(draws)
         return {**decoded, **{name: stored[name].tolist() for name in fields if name.startswith(("log_", "tail_e"))}}
 
+    def stored(self, name: str) -> NDArray[Any]:
+        """A per-position array at all targets, in order."""
+        return np.asarray(self.array(self.teacher / name)[self.slots()].read().result())
+
+    def log_z_tail(self) -> NDArray[np.float32]:
+        """Section 5, step 7: [T, n]; without the attribute there is no array."""
+        if "temperatures" not in self.sizes:
+            assert not (self.teacher / "log_z_tail").exists()
+            return np.empty((len(self.slots()), 0), np.float32)
+        return self.stored("log_z_tail")
+
+    def bfloat16(self, bits: NDArray[np.uint16]) -> NDArray[np.float64]:
+        """Step 8: the upper half of a float32."""
+        halves = np.frombuffer((bits.astype("<u4") * 65536).tobytes(), "<f4")
+        return halves.reshape(bits.shape).astype(np.float64)
+
+    def hidden_states(self) -> NDArray[np.float64]:
+        """Step 8: [T, D]."""
+        attribute, hidden = self.sizes["hidden"], self.stored("hidden")
+        if attribute["kind"] == "bf16":
+            assert not (self.teacher / "hidden_scale").exists()
+            return self.bfloat16(hidden)
+        return self.stored("hidden_scale").astype(np.float64)[:, None] * hidden
+
+    def head(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Step 8: weights [V, D] and biases [V]."""
+        attribute, weight = self.sizes["hidden"], self.constant("head_weight")
+        bias = self.constant("head_bias") if attribute["head_bias"] else np.zeros(len(weight))
+        assert attribute["head_bias"] == (self.teacher / "head_bias").exists()
+        wide = self.bfloat16(weight) if attribute["head_kind"] == "bfloat16" else weight.astype(np.float64)
+        return wide, bias.astype(np.float64)
+
+    def logits(self) -> NDArray[np.float64]:
+        """Step 8: [T, V]."""
+        attribute, (weight, bias) = self.sizes["hidden"], self.head()
+        values: NDArray[np.float64] = attribute["logit_scale"] * (bias + self.hidden_states() @ weight.T)
+        cap = attribute["soft_cap"]
+        return values if cap is None else cap * np.tanh(values / cap)
+
 
 def assert_same_as_reader(cache: Path, name: str) -> PageReader:
     page = PageReader(cache, name)
@@ -96,6 +137,7 @@ def assert_same_as_reader(cache: Path, name: str) -> PageReader:
     for field in ("log_tail", "tail_entropy", "log_target", "log_not_target"):
         assert getattr(targets, field).tolist() == decoded[field]
     np.testing.assert_array_equal(open_cache(cache).teacher(name).mean_tail, page.constant("mean_tail"))
+    assert_optional_fields_are_the_same(cache, name, page)
     rows = corpus.rows(0, corpus.num_rows)
     for field, values in (
         ("tokens", rows.tokens),
@@ -115,6 +157,20 @@ def assert_same_as_reader(cache: Path, name: str) -> PageReader:
     assert not set(positions + 1) & set(bounds.tolist())
     np.testing.assert_array_equal(tokens[positions + 1], corpus_next(corpus))
     return page
+
+
+def assert_optional_fields_are_the_same(cache: Path, name: str, page: PageReader) -> None:
+    teacher = open_cache(cache).teacher(name)
+    targets = teacher.rows(0, teacher.corpus.num_rows, optional=teacher.optional)
+    assert list(teacher.temperatures) == page.sizes.get("temperatures", [])
+    np.testing.assert_array_equal(targets.log_z_tail, page.log_z_tail())
+    if "hidden" not in page.sizes:
+        assert not [p.name for p in page.teacher.iterdir() if p.name.startswith(("hidden", "head"))]
+        return
+    np.testing.assert_array_equal(targets.hidden, page.stored("hidden"))
+    values = hidden_float32(targets.hidden, targets.hidden_scale)
+    np.testing.assert_allclose(values, page.hidden_states(), rtol=1e-6)
+    np.testing.assert_allclose(teacher.head().logits(values), page.logits(), atol=1e-4)
 
 
 def assert_close_to_exact(exact: Exact, page: PageReader) -> None:
@@ -148,6 +204,62 @@ def test_tensorstore_reads_every_field(tmp_path: Path, vocab_size: int, top_k: i
         (page.teacher / "logprob_gaps", "uint16", "uint16"),
     ):
         assert page.array(path).dtype.name == (broad if wide else narrow)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+@pytest.mark.parametrize(("head_kind", "bias", "soft_cap"), [("bfloat16", True, 9.0), ("float16", False, None)])
+def test_tensorstore_reads_every_optional_field(
+    tmp_path: Path, kind: HiddenKind, head_kind: HeadKind, bias: bool, soft_cap: float | None
+) -> None:
+    """And what they say is so: the hidden states give the distributions, the sums their tails at other temperatures."""
+    head = make_head(37, 700, head_kind, bias=bias, scale=0.05, soft_cap=soft_cap)
+    corpus = make_corpus(tmp_path)
+    exact = make_exact(corpus, shard_positions=20, temperatures=(0.5, 3.0), hidden=kind, head=head)
+    exact.write("t")
+    page = assert_same_as_reader(tmp_path, "t")
+    assert_close_to_exact(exact, page)
+    assert page.array(page.teacher / "hidden").dtype.name == {"bf16": "uint16", "int8": "int8"}[kind]
+    logits = page.logits()
+    logprobs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    np.testing.assert_allclose(logprobs, exact.logprobs, atol=1e-9)
+    decoded = page.decode()
+    beyond = logprobs.copy()
+    np.put_along_axis(beyond, np.array(decoded["token_ids"]), -np.inf, axis=1)
+    for i, tau in enumerate(page.sizes["temperatures"]):
+        log_z_tail = page.log_z_tail()[:, i].astype(np.float64)
+        np.testing.assert_allclose(log_z_tail, np.logaddexp.reduce(beyond / tau, axis=1), rtol=2.0**-13, atol=1e-30)
+        a = np.logaddexp.reduce(np.array(decoded["logprobs"]) / tau, axis=1)
+        log_z = np.logaddexp(a, log_z_tail)
+        np.testing.assert_allclose(np.exp(a - log_z) + np.exp(log_z_tail - log_z), 1, rtol=1e-12)
+        np.testing.assert_allclose(log_z, np.logaddexp.reduce(logprobs / tau, axis=1), atol=0.15 / tau)
+
+
+def test_the_worked_example_of_optional_fields() -> None:
+    page = assert_same_as_reader(OPTIONAL, "golden")
+    text = " ".join(PAGE.read_text().split()).replace("\N{MINUS SIGN}", "-")
+    weight, bias = page.head()
+    token = page.decode()["token_ids"][3][0]
+    hidden, attribute = page.hidden_states()[3], page.sizes["hidden"]
+    printed = [
+        "log_z_tail " + " ".join(repr(value) for value in page.log_z_tail()[3].tolist()),
+        "hidden " + " ".join(str(value) for value in page.stored("hidden")[3].tolist()),
+        f"hidden_scale {page.stored('hidden_scale')[3].item()!r}",
+        ", ".join(str(value) for value in page.constant("head_weight")[token].tolist()),
+        f"`head_bias[{token}]` = {bias[token]:.6f}",
+        *(f"{value:.6f}" for value in (*hidden[:3], *weight[token, :3])),
+        f"`logit_scale` {attribute['logit_scale']} and `soft_cap` {attribute['soft_cap']:g}",
+    ]
+    product = float(hidden @ weight[token])
+    scaled = attribute["logit_scale"] * (product + bias[token])
+    logits = page.logits()[3]
+    log_total = float(np.logaddexp.reduce(logits))
+    printed.append(f"their product is {product:.6f}, with the bias {product + bias[token]:.6f}")
+    printed.append(f"times {attribute['logit_scale']} it is {scaled:.6f}, capped 8 · tanh({scaled:.6f} / 8) = ")
+    printed.append(f"= {logits[token]:.6f}; - the log-sum-exp of the twelve logits is {log_total:.6f}")
+    printed.append(f"the log-prob of token {token} by this way {logits[token] - log_total:.6f}")
+    printed.append(f"the most likely token is {token}, with log-prob {page.decode()['logprobs'][3][0]:.6f}")
+    for words in printed:
+        assert words in text, words
 
 
 def test_large_ids_are_really_there(tmp_path: Path) -> None:
@@ -192,10 +304,22 @@ def test_golden_cache_and_the_worked_example() -> None:
 STANDARD_CODECS = {"transpose", "bytes", "blosc", "crc32c", "sharding_indexed"}
 
 
-def test_metadata_uses_standard_names_only(tmp_path: Path) -> None:
-    make_exact(make_corpus(tmp_path)).write("t")
+@pytest.mark.parametrize(
+    ("options", "more"),
+    [
+        ({}, []),
+        (
+            {"temperatures": (2.0,), "hidden": "int8"},
+            ["log_z_tail", "hidden", "hidden_scale", "head_weight", "head_bias"],
+        ),
+    ],
+    ids=["plain", "all fields"],
+)
+def test_metadata_uses_standard_names_only(tmp_path: Path, options: dict[str, Any], more: list[str]) -> None:
+    make_exact(make_corpus(tmp_path), **options).write("t")
     paths = sorted(tmp_path.rglob("zarr.json"))
-    assert len(paths) == 2 + 7 + 3 + 7
+    assert len(paths) == 2 + 7 + 3 + 7 + len(more)
+    assert {path.parent.name for path in paths} >= set(more)
     transposed = []
     for path in paths:
         metadata = json.loads(path.read_text())
@@ -205,7 +329,7 @@ def test_metadata_uses_standard_names_only(tmp_path: Path) -> None:
         assert metadata["chunk_grid"]["name"] == "regular"
         assert metadata["chunk_key_encoding"] == {"name": "default", "configuration": {"separator": "/"}}
         assert not metadata.get("storage_transformers")
-        assert metadata["data_type"] in {"bool", "uint16", "uint32", "int64", "float32"}
+        assert metadata["data_type"] in {"bool", "uint16", "uint32", "int64", "float32", *(["int8"] if more else [])}
         (sharding,) = metadata["codecs"]
         assert sharding["name"] == "sharding_indexed"
         inner = [codec["name"] for codec in sharding["configuration"]["codecs"]]
@@ -216,7 +340,7 @@ def test_metadata_uses_standard_names_only(tmp_path: Path) -> None:
         assert sharding["configuration"]["index_location"] == "end"
         if inner[0] == "transpose":
             transposed.append(path.parent.name)
-    assert sorted(transposed) == ["logprob_gaps", "tail_sample_codes"]
+    assert sorted(transposed) == ["log_z_tail"] * bool(more) + ["logprob_gaps", "tail_sample_codes"]
 
 
 def canonical(record: Any) -> bytes:
@@ -238,8 +362,9 @@ def chunk_seal(data: bytes, num_chunks: int) -> str:
     return sha256(hashed)
 
 
-def test_sealed_records_follow_the_page(tmp_path: Path) -> None:
-    make_exact(make_corpus(tmp_path), shard_positions=20).write("t")
+@pytest.mark.parametrize("options", [{}, {"temperatures": (2.0,), "hidden": "bf16"}], ids=["plain", "all fields"])
+def test_sealed_records_follow_the_page(tmp_path: Path, options: dict[str, Any]) -> None:
+    make_exact(make_corpus(tmp_path), shard_positions=20, **options).write("t")
     corpus, teacher = tmp_path / "corpus", tmp_path / "teachers" / "t"
     commits = sorted((teacher / "commits").iterdir())
     records = {}

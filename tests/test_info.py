@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from compare_fixtures import Position, add_teacher, make_corpus, random_dense
+from storage_fixtures import make_corpus as storage_corpus
+from storage_fixtures import make_exact
 
 from tailcache.scripts.cli import main
 from tailcache.scripts.info import cache_info, info_text
@@ -67,6 +69,23 @@ def test_a_finished_teacher(built: tuple[Corpus, list[Position]]) -> None:
         name: on_disk(folder / name / "c") for name in ("vocabulary_order", "logprob_levels", "mean_tail")
     }
     assert done["bytes_total"] + sum(done["constant_bytes"].values()) + done["record_bytes"] == on_disk(folder)
+
+
+def test_optional_fields_are_counted_and_said(tmp_path: Path) -> None:
+    exact = make_exact(storage_corpus(tmp_path), temperatures=(2.0, 0.5), hidden="int8")
+    exact.write("more")
+    (teacher,) = cache_info(tmp_path)["teachers"]
+    assert teacher["temperatures"] == [2.0, 0.5]
+    assert teacher["hidden"] == {
+        "kind": "int8", "width": 16, "head_kind": "bfloat16", "head_bias": True, "logit_scale": 1.5, "soft_cap": 20.0,
+    }  # fmt: skip
+    folder = tmp_path / "teachers" / "more"
+    assert {"log_z_tail", "hidden", "hidden_scale"} < set(teacher["bytes"])
+    for name in ("head_weight", "head_bias"):
+        assert teacher["constant_bytes"][name] == on_disk(folder / name / "c") > 0
+    assert teacher["bytes_total"] + sum(teacher["constant_bytes"].values()) + teacher["record_bytes"] == on_disk(folder)
+    text = info_text(cache_info(tmp_path))
+    assert "3 tail samples, temperature 2, temperature 0.5, hidden states int8 x 16, vocabulary 37" in text
 
 
 def test_an_unfinished_teacher(built: tuple[Corpus, list[Position]]) -> None:

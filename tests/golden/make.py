@@ -1,7 +1,8 @@
-"""Write the golden cache of format version 1 and the values it must decode to, for ever.
+"""Write the golden caches of format version 1 and the values they must decode to, for ever.
 
-Run once per format version, from the repository's root: ``python tests/golden/make.py``. Never run it to make a failing
-test pass: that a later version reads the files of an earlier one is what the golden cache is there to prove.
+``v1`` has what every cache has, ``v1_optional`` all optional fields too. Run once per format version, from the
+repository's root: ``python tests/golden/make.py NAME``. Never run it to make a failing test pass: that a later version
+reads the files of an earlier one is what the golden caches are there to prove.
 """
 
 import json
@@ -15,9 +16,9 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from golden_values import decoded  # noqa: E402
-from storage_fixtures import log_softmax, summarise  # noqa: E402
+from storage_fixtures import log_softmax, make_exact, make_head, summarise  # noqa: E402
 
-from tailcache.storage.corpus import CORPUS_VERSION, CorpusWriter  # noqa: E402
+from tailcache.storage.corpus import CORPUS_VERSION, Corpus, CorpusWriter  # noqa: E402
 from tailcache.storage.layout import TARGETS_VERSION  # noqa: E402
 from tailcache.storage.targets import TargetsWriter, plan_layout  # noqa: E402
 
@@ -30,14 +31,11 @@ ROWS: list[tuple[list[int], list[int], list[int], bool]] = [
     ([9, 7, 9, 3], [], [], True),
     ([2, 3, 8], [0], [], False),
 ]
+SETTINGS = {"made_by": "tests/golden/make.py"}
 
 
-def main() -> None:
-    """Write both."""
-    name = f"v{CORPUS_VERSION}"
-    assert CORPUS_VERSION == TARGETS_VERSION
-    cache = HERE / name
-    shutil.rmtree(cache, ignore_errors=True)
+def make_corpus(cache: Path) -> Corpus:
+    """The same for all of them."""
     with CorpusWriter(cache, vocab_size=VOCAB_SIZE) as writer:
         for tokens, starts, unwanted, held_out in ROWS:
             flags = np.zeros((2, len(tokens)), np.bool_)
@@ -45,13 +43,17 @@ def main() -> None:
             flags[1] = True
             flags[1, unwanted] = False
             writer.append(np.array(tokens), flags[0], flags[1], held_out=held_out)
-        corpus = writer.finish(
+        return writer.finish(
             tokenizer_files={"tokenizer.json": b"{}\n"},
             tokenizer={"fingerprint": {}, "vocab_size": VOCAB_SIZE},
             source={"kind": "golden"},
             recipe={},
             report={},
         )
+
+
+def write_v1(corpus: Corpus) -> None:
+    """What every cache has."""
     layout = plan_layout(corpus, top_k=TOP_K, num_samples=NUM_SAMPLES, shard_positions=6, chunk=4)
     generator = np.random.default_rng(1)
     logits = np.round(generator.normal(size=(corpus.num_targets, VOCAB_SIZE)) * 3)  # rounded, so that there are ties
@@ -59,17 +61,34 @@ def main() -> None:
     rows = corpus.rows(0, corpus.num_rows)
     following = rows.tokens[np.flatnonzero(rows.supervised) + 1]
     offsets = corpus.target_offsets(0, corpus.num_rows)
-    with TargetsWriter(corpus, "golden", layout=layout, settings={"made_by": "tests/golden/make.py"}) as targets_writer:
+    with TargetsWriter(corpus, "golden", layout=layout, settings=SETTINGS) as writer:
         for shard in range(layout.num_shards):
             first, last = layout.shard_rows(shard)
             part = slice(int(offsets[first]), int(offsets[last]))
-            targets_writer.write_shard(
-                shard, *summarise(logprobs[part], following[part], TOP_K, NUM_SAMPLES, seed=shard)
-            )
-        targets_writer.finish()
-    (cache / "teachers" / "golden.lock").unlink()
+            writer.write_shard(shard, *summarise(logprobs[part], following[part], TOP_K, NUM_SAMPLES, seed=shard))
+        writer.finish()
+
+
+def write_v1_optional(corpus: Corpus) -> None:
+    """Sums at two temperatures; hidden states under a head with all there can be: a bias, a scale and a soft cap."""
+    head = make_head(VOCAB_SIZE, 6, "bfloat16", scale=0.5, soft_cap=8.0)
+    exact = make_exact(
+        corpus, top_k=TOP_K, num_samples=NUM_SAMPLES, shard_positions=6, chunk=4, temperatures=(2.0, 0.5),
+        hidden="int8", head=head,
+    )  # fmt: skip
+    exact.write("golden", SETTINGS)
+
+
+def main(name: str) -> None:
+    """Write one and its values."""
+    assert CORPUS_VERSION == TARGETS_VERSION == 1
+    cache = HERE / name
+    shutil.rmtree(cache, ignore_errors=True)
+    {"v1": write_v1, "v1_optional": write_v1_optional}[name](make_corpus(cache))
+    for lock in (cache / "teachers").glob("*.lock"):
+        lock.unlink()
     (HERE / f"{name}.json").write_text(json.dumps(decoded(cache), indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
