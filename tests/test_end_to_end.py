@@ -87,6 +87,50 @@ def test_students_learn_from_the_cache(run_folder: Path) -> None:
     assert finals["kd"]["kl"] < finals["clm"]["kl"]
 
 
+@pytest.mark.slow
+def test_every_loss_from_the_command(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two steps each, from one capture with all optional fields; the sum of several from a file."""
+    cache = str(run_folder / "cache")
+    capture = ["capture", "--cache", cache, "--teacher", str(run_folder / "teacher-a"), "--name", "rich"]
+    assert main([*capture, "--top-k", "24", "--temperatures", "2", "--hidden", "bf16"]) == 0
+    flags = {
+        "kd": ["--temperature", "2"],
+        "tad": ["--beta", "1", "--beta-end", "3", "--beta-schedule", "cosine", "--tail", "exact"],
+        "reverse_kl": ["--tail", "exact"],
+        "jsd": ["--mixture", "0.3"],
+        "skew_kl": ["--skew", "0.2", "--tail", "renormalise"],
+        "skew_reverse_kl": ["--head-mode", "recompute"],
+        "dkd": ["--non-target-weight", "2", "--tail", "prior"],
+        "atkd": ["--wraps", "reverse_kl", "--hard-ratio", "0.3"],
+        "todi": ["--clm-weight", "0.5", "--divergence-weight", "0.5"],
+        "rs_kd": ["--num-draws", "12"],
+        "hidden_cosine": [],
+    }
+    small = ["--student.hidden-size", "32", "--student.num-layers", "1", "--student.num-heads", "2"]
+    base = ["train", "--cache", cache, "--teacher", "rich", "--max-steps", "2", "--log-every", "1", *small]
+    for loss, more in flags.items():
+        out = run_folder / "losses" / loss
+        assert main([*base, "--out", str(out), "--loss", loss, *more]) == 0, loss
+        lines = [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
+        assert all(np.isfinite([line["loss"], line["divergence"], line["grad_norm"]]).all() for line in lines), loss
+        assert json.loads((out / "tailcache.json").read_text())["config"]["loss"] == loss
+    file = run_folder / "sum.yaml"
+    file.write_text("train:\n  losses:\n  - {name: tad, beta: 3}\n  - {name: hidden_cosine, weight: 0.5}\n")
+    out = run_folder / "losses" / "sum"
+    assert main([*base, "--out", str(out), "--config", str(file)]) == 0
+    [line, _] = [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
+    assert line["loss"] == pytest.approx(line["clm"] + line["tad"] + 0.5 * line["hidden_cosine"], rel=1e-5)
+    capsys.readouterr()
+    for wrong, message in (
+        (["--loss", "reverse_kl", "--tail", "sampled"], "heavy tails"),
+        (["--loss", "kd", "--temperature", "3"], "--temperatures 3"),
+        (["--loss", "tad", "--top-k", "25"], "this teacher's K; found K' = 25"),
+    ):
+        assert main([*base, "--out", str(run_folder / "losses" / "wrong"), *wrong]) == 1
+        assert message in capsys.readouterr().err
+    assert not (run_folder / "losses" / "wrong").exists()
+
+
 def test_compare_says_what_a_dense_computation_says(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = run_folder / "compare.json"
     command = ["compare", "--cache", str(run_folder / "cache"), "--teachers", "a", "b"]

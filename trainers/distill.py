@@ -262,7 +262,7 @@ class DistillTrainer(Trainer):
             return (values_TP * coefficients_P.to(values_TP.dtype)).sum(), values_TP.detach()
 
     def _current_head(self) -> LinearHead:
-        """The head with the weight it has now: wrappers may have put another tensor in its place."""
+        """The head with the weight it has now: inside a forward, wrappers may put another tensor in its place."""
         assert self.head is not None
         assert self._seat is not None
         module: Any = self._seat.head
@@ -355,8 +355,9 @@ class DistillTrainer(Trainer):
         teacher = self._teacher_terms(batch)
         if self._seat is None:
             return metrics_of_logits(self.target_logits(model, batch), teacher)
-        work = partial(metrics_of_hidden, head=self._current_head(), teacher=teacher)
-        (values_T4,) = self._seat.run(model, batch, lambda hidden_TD: (work(hidden_TD),))
+        (values_T4,) = self._seat.run(
+            model, batch, lambda hidden_TD: (metrics_of_hidden(hidden_TD, self._current_head(), teacher),)
+        )
         return values_T4
 
     @property
