@@ -283,6 +283,14 @@ def test_a_renormalised_teacher_makes_the_reverse_kl_infinite_and_leaves_the_mix
         assert value.isfinite().all()
 
 
+def test_dropping_the_tail_pays_the_student_for_leaving_the_head() -> None:
+    """The reverse KL over the top-K alone is 0 at q = p, and negative where the student moves mass off it."""
+    case = make_case("zipf")
+    moved = case.logprobs.scatter_add(-1, case.teacher.token_ids, torch.full((6, 8), -1.0, dtype=torch.float64))
+    assert_close(reverse_kl(*atoms(case, case.logprobs, "drop")), torch.zeros(6, dtype=torch.float64), FLOAT64)
+    assert (reverse_kl(*atoms(case, moved, "drop")) < 0).all()
+
+
 @settings(max_examples=40, deadline=None)
 @given(choice=st.sampled_from(CHOICES), shift=st.floats(-1e3, 1e3), top_k=st.integers(1, 37), seed=st.integers(0, 999))
 def test_shifting_logits_or_renaming_ids_changes_nothing(choice: str, shift: float, top_k: int, seed: int) -> None:

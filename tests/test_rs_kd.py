@@ -28,7 +28,9 @@ from loss_cases import (
 )
 
 from tailcache.storage.errors import ConfigError
+from tailcache.trainers.divergences import forward_kl
 from tailcache.trainers.rs_kd import Draws, draw, rs_kd
+from tailcache.trainers.tails import sampled
 from tailcache.trainers.terms import TeacherTerms, student_terms
 
 
@@ -95,6 +97,20 @@ def test_it_is_unbiased_for_the_kl(power: float, top_k: int) -> None:
         error = estimate.mean(0) - float64(exact)
         assert (error.abs() <= SIGMAS * estimate.std(0) / num**0.5 + 1e-12).all()
     assert values.std() > 1e-3  # or the test above would show nothing
+
+
+def test_of_one_capture_its_mean_is_the_kl_with_the_sampled_tail() -> None:
+    """So ``kd`` has the same expectation from the same cache, without the noise of drawing again."""
+    num = 4_000
+    case = make_case("zipf", num_positions=1)
+    teacher = case.teacher.rows(torch.zeros(num, dtype=torch.long))
+    logits = case.logits.expand(num, 37).clone().requires_grad_()
+    student = student_terms(logits, teacher)
+    exact = forward_kl(teacher, student, sampled)
+    values = rs_kd(teacher, student, draw(teacher, 12, 0.7, _generator()))
+    for estimate, expected in ((values[:, None], exact[:1]), (slope(values, logits), slope(exact, logits)[0])):
+        error = estimate.mean(0) - expected
+        assert (error.abs() <= SIGMAS * estimate.std(0) / num**0.5 + 1e-12).all()
 
 
 def test_draws_depend_on_the_generator_and_the_teacher_alone() -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tailcache.trainers.divergences import forward_kl, kl
 from tailcache.trainers.tails import TailFunction
-from tailcache.trainers.terms import StudentTerms, TeacherTerms
+from tailcache.trainers.terms import StudentTerms, TeacherTerms, log_sum
 
 __all__ = ["dkd", "non_target_class_kl", "target_atoms", "target_class_kl", "without_target"]
 
@@ -48,9 +48,10 @@ def without_target(teacher: TeacherTerms, student: StudentTerms) -> tuple[Teache
     - the fills: those of ``fill_logprobs_not_target``.
 
     rho is a difference where y is off the top-K. y is then less likely than each of the top-K, so 1 - p_y is at least
-    1/2 and the rounding of rho, about 1e-7 alpha, weighs no more than that in any loss. The student's mass of the rest,
-    whose *logarithm* counts, is a sum. For a divergence in which log rho counts as well (the reverse KL that ATKD may
-    wrap), a rho that the rounding swallowed, though ids are left, is unknown: both then lack that atom.
+    1/2, and an error of rho weighs at most twice itself: as little as the rounding of the two stored logs. The
+    student's mass of the rest, whose *logarithm* counts, is a sum. For a divergence in which log rho counts as well
+    (the reverse KL that ATKD may wrap), a rho that the rounding swallowed, though ids are left, is unknown: both then
+    lack that atom.
 
     Args:
       teacher: the cached targets; log space.
@@ -60,8 +61,6 @@ def without_target(teacher: TeacherTerms, student: StudentTerms) -> tuple[Teache
       The two; ``log_target`` is -inf and ``log_not_target`` 0 in both, further temperatures are gone. Where the teacher
       is sure of y (1 - p_y = 0) all its masses are 0.
     """
-    unsure_T = teacher.log_not_target > -torch.inf
-    log_not_p_T = torch.where(unsure_T, teacher.log_not_target, 0.0)
     log_not_q_T = torch.where(student.log_not_target > -torch.inf, student.log_not_target, 0.0)
 
     beyond_T = ~teacher.is_target.any(-1)
@@ -75,10 +74,16 @@ def without_target(teacher: TeacherTerms, student: StudentTerms) -> tuple[Teache
     known_T = torch.where(x_T > -torch.inf, x_T.exp() * torch.where(x_T > -torch.inf, x_T, 0.0), 0.0)
     entropy_T = (teacher.tail_entropy + known_T) / log_share_T.exp() + log_share_T
 
+    head_TK = teacher.logprobs.masked_fill(teacher.is_target, -torch.inf)
+    log_rest_T = torch.where(some_T, teacher.log_tail + log_share_T, -torch.inf)
+    # The sum of the parts and not log_not_target, which is rounded apart from them: p^ must sum to 1.
+    log_not_p_T = log_sum(torch.cat([head_TK, log_rest_T[:, None]], dim=-1))
+    log_not_p_T = torch.where(log_not_p_T > -torch.inf, log_not_p_T, 0.0)
+
     conditional_p = replace(
         teacher,
-        logprobs=(teacher.logprobs - log_not_p_T[:, None]).masked_fill(teacher.is_target, -torch.inf),
-        log_tail=torch.where(some_T, teacher.log_tail + log_share_T - log_not_p_T, -torch.inf),
+        logprobs=head_TK - log_not_p_T[:, None],
+        log_tail=log_rest_T - log_not_p_T,
         tail_entropy=torch.where(some_T, entropy_T, 0.0),
         log_target=torch.full_like(teacher.log_target, -torch.inf),
         log_not_target=torch.zeros_like(teacher.log_not_target),
