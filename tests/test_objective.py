@@ -19,7 +19,8 @@ from tailcache.trainers.atoms import bucket_atoms, filled_atoms, head_atoms
 from tailcache.trainers.dkd import dkd, non_target_class_kl, target_atoms, without_target
 from tailcache.trainers.linear_head import LinearHead
 from tailcache.trainers.loss_config import LossConfig, parameters_of
-from tailcache.trainers.objective import Objective, Prepared
+from tailcache.trainers.objective import Objective
+from tailcache.trainers.prepared import Prepared
 from tailcache.trainers.soundness import SOUND_TAILS
 from tailcache.trainers.tad import tad
 from tailcache.trainers.tails import TAILS, bucket, drop, renormalise
@@ -152,7 +153,7 @@ def test_a_part_is_what_the_pure_function_says(name: Any, tail: Any) -> None:
     # A few positions at a time, as the fused head asks for them.
     pieces = [slice(0, 4), slice(4, 5), slice(5, T)]
     assert_close(torch.cat([prepared.of_logits(p, problem.logits[p]) for p in pieces]), expected, CLOSE)
-    if not objective.dense:
+    if not objective.num_dense:
         student = _student(problem)
         parts = [prepared.of_terms(p, problem.teacher.rows(p), student.rows(p)) for p in pieces]
         assert_close(torch.cat(parts), expected, CLOSE)
@@ -242,7 +243,7 @@ def test_every_id_stored_makes_all_tails_one() -> None:
                 continue
             loss: Any = {"name": name, "tail": tail, **PARAMETERS.get(name, {})}
             objective, prepared = _prepared(problem, LossConfig(**loss))
-            assert not objective.dense
+            assert not objective.num_dense
             assert objective.optional == ()
             function = d.kl if name == "kd" else ON_ATOMS[name]
             values = prepared.of_logits(slice(0, T), problem.logits)[:, 1]
@@ -281,7 +282,13 @@ def test_what_it_needs() -> None:
     def needs(*losses: LossConfig) -> tuple[Any, ...]:
         objective = Objective.of(1.0, losses, stand)
         aids = objective.aids(stand, torch.device("cpu"))
-        return objective.optional, objective.temperatures, objective.dense, sorted(aids.fills), aids.head is not None
+        return (
+            objective.optional,
+            objective.temperatures,
+            objective.num_dense > 0,
+            sorted(aids.fills),
+            aids.head is not None,
+        )
 
     assert needs() == ((), (), False, [], False)
     assert needs(LossConfig(name="kd")) == ((), (), False, [], False)

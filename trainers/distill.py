@@ -41,11 +41,10 @@ from transformers.trainer_utils import IntervalStrategy
 from tailcache.storage.errors import ConfigError
 from tailcache.trainers.batches import CacheRows, Layout, ShuffledRows, collate, teacher_terms
 from tailcache.trainers.forward import HeadSeat, check_documents_kept_apart, default_layout, target_logits
-from tailcache.trainers.fused_loss import Mode, chunked_loss, fused_loss
-from tailcache.trainers.hidden_cosine import hidden_cosine
+from tailcache.trainers.fused_loss import Mode
 from tailcache.trainers.linear_head import LinearHead
 from tailcache.trainers.metrics import HeldOutSums, kl_kind, metrics_of_hidden, metrics_of_logits
-from tailcache.trainers.objective import Objective, Prepared
+from tailcache.trainers.objective import Objective
 from tailcache.trainers.progress import Reporter, quiet_progress
 from tailcache.trainers.records import write_record
 from tailcache.trainers.student_head import find_linear_head
@@ -218,48 +217,16 @@ class DistillTrainer(Trainer):
         scale = self.accelerator.num_processes / count.clamp_min(1)
         coefficients_P = torch.tensor(self.objective.weights, device=self.args.device) * scale
         if self._seat is None:
-            loss, values_TP = self._from_logits(self.target_logits(model, inputs), prepared, coefficients_P)
+            loss, values_TP = prepared.from_logits(self.target_logits(model, inputs), coefficients_P)
         else:
-            work = partial(self._from_hidden, prepared, coefficients_P)
-            loss, values_TP = self._seat.run(model, inputs, work)
+            loss, values_TP = self._seat.run(
+                model,
+                inputs,
+                lambda hidden_TD: prepared.from_hidden(hidden_TD, self._current_head(), coefficients_P, self.head_mode),
+            )
         if model.training:
             self._parts += values_TP.sum(0) * scale
         return (loss, {"values": values_TP}) if return_outputs else loss
-
-    def _from_hidden(self, prepared: Prepared, coefficients_P: Tensor, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss and its parts [T, P], fused with the head; called at the head's place in the model's forward."""
-        head = self._current_head()
-        num_fused = len(prepared.parts)
-        if self.objective.dense:
-            total, values_TP = chunked_loss(
-                hidden_TD,
-                head,
-                prepared.of_logits,
-                coefficients_P[:num_fused],
-                num_buffers=8 * self.objective.num_dense,
-            )
-        else:
-            total, values_TP = fused_loss(
-                hidden_TD,
-                head,
-                prepared.teacher,
-                prepared.of_terms,
-                coefficients_P[:num_fused],
-                mode=self.head_mode,
-                fills=prepared.aids.fills,
-                temperatures=prepared.temperatures,
-            )
-        if self.objective.has_cosine and prepared.hidden_TD is not None:
-            cosine_T = hidden_cosine(hidden_TD, prepared.hidden_TD)
-            total = total + coefficients_P[-1] * cosine_T.sum()
-            values_TP = torch.cat([values_TP, cosine_T.detach()[:, None].to(values_TP.dtype)], dim=-1)
-        return total, values_TP
-
-    def _from_logits(self, logits_TW: Tensor, prepared: Prepared, coefficients_P: Tensor) -> tuple[Tensor, Tensor]:
-        """The same from full logits."""
-        with torch.autocast(device_type=logits_TW.device.type, enabled=False):
-            values_TP = prepared.of_logits(slice(0, len(logits_TW)), logits_TW)
-            return (values_TP * coefficients_P.to(values_TP.dtype)).sum(), values_TP.detach()
 
     def _current_head(self) -> LinearHead:
         """The head with the weight it has now: inside a forward, wrappers may put another tensor in its place."""

@@ -1,9 +1,9 @@
 """The training objective: clm_weight * CLM + the weighted sum of some divergences, per position, unreduced.
 
 ``Objective`` is what the settings ask for, checked against what the cache holds. ``prepare`` makes of it, for one
-micro-batch, the functions that the fused head calls (``Prepared``).
+micro-batch, what is worked out at the student's head (``prepared``).
 
-Legend: T target positions, c of them at a time, V vocabulary, W width of a head, D hidden width, P parts.
+Legend: V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,38 +15,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from tailcache.storage.errors import ConfigError, StudentError
 from tailcache.trainers.linear_head import LinearHead
 from tailcache.trainers.loss_config import LossConfig
-from tailcache.trainers.parts import Part, Rows, clm, is_linear, needs_rows, part_of
+from tailcache.trainers.parts import Part, clm, is_linear, needs_rows, part_of
+from tailcache.trainers.prepared import Aids, Prepared
 from tailcache.trainers.soundness import Stored, check_sound, default_tail
-from tailcache.trainers.stored_head import hidden_states, stored_head, teacher_logits
+from tailcache.trainers.stored_head import hidden_states, stored_head
 from tailcache.trainers.tad import check_split
-from tailcache.trainers.terms import StudentTerms, TeacherTerms, student_terms
+from tailcache.trainers.terms import TeacherTerms
 
 if TYPE_CHECKING:
     from tailcache.storage.reader import Teacher
     from tailcache.trainers.batches import Batch
     from tailcache.trainers.config import TrainConfig
 
-__all__ = ["Aids", "Objective", "Prepared"]
+__all__ = ["Objective"]
 
 COSINE = "hidden_cosine"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Aids:
-    """What an objective needs of a teacher beside its targets, on the training device.
-
-    Attributes:
-      fills: [V] float32 weights by tail choice, "prior" and "uniform", those that are needed.
-      head: the teacher's head, where its own tail is needed.
-    """
-
-    fills: dict[str, Tensor]
-    head: LinearHead | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,11 +110,6 @@ class Objective:
         """The fills under which means of the student's log q are needed."""
         tails = {_effective(each, self.stored) for each in self.losses if is_linear(each)}
         return tuple(name for name in ("prior", "uniform", "exact") if name in tails)
-
-    @property
-    def dense(self) -> bool:
-        """Whether it needs whole rows of logits."""
-        return self.num_dense > 0
 
     @property
     def num_dense(self) -> int:
@@ -228,47 +210,16 @@ class Objective:
                     )
                 )
         hidden = hidden_states(batch["teacher"]) if "hidden" in self.optional else None
-        return Prepared(tuple(parts), teacher, aids, self.mean_fills, self.temperatures, hidden)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """The parts of one micro-batch but the cosine, as functions of some of its positions.
-
-    Attributes:
-      parts: one function each.
-      teacher: the targets of all T positions.
-      aids: fills and the teacher's head.
-      mean_fills: the fills under which means of the student's log q are needed.
-      temperatures: the further ones at which the student's terms are needed.
-      hidden_TD: the teacher's hidden states, where they are needed.
-    """
-
-    parts: tuple[Part, ...]
-    teacher: TeacherTerms
-    aids: Aids
-    mean_fills: tuple[str, ...] = ()
-    temperatures: tuple[float, ...] = ()
-    hidden_TD: Tensor | None = None
-
-    def of_terms(self, rows: slice, teacher: TeacherTerms, student: StudentTerms) -> Tensor:
-        """[c, P] from the terms of some positions; not for an objective that is ``dense``."""
-        return torch.stack([part(rows, teacher, student, None) for part in self.parts], dim=-1)
-
-    def of_logits(self, rows: slice, logits_cW: Tensor) -> Tensor:
-        """[c, P] from the student's whole rows of logits at some positions."""
-        teacher = self.teacher.rows(rows)
-        logits_cV = logits_cW[:, : teacher.vocab_size]
-        own_cV = None
-        if self.aids.head is not None and self.hidden_TD is not None:
-            own_cV = torch.log_softmax(teacher_logits(self.hidden_TD[rows], self.aids.head), dim=-1)
-        fills = {
-            name: own_cV.exp() if name == "exact" and own_cV is not None else self.aids.fills[name]
-            for name in self.mean_fills
-        }
-        student = student_terms(logits_cV, teacher, fills=fills, temperatures=self.temperatures)
-        whole = Rows(logits_cV, teacher, self.aids.fills, own_cV)
-        return torch.stack([part(rows, teacher, student, whole) for part in self.parts], dim=-1)
+        return Prepared(
+            parts=tuple(parts),
+            teacher=teacher,
+            aids=aids,
+            mean_fills=self.mean_fills,
+            temperatures=self.temperatures,
+            hidden_TD=hidden,
+            num_dense=self.num_dense,
+            has_cosine=self.has_cosine,
+        )
 
 
 def stored_by(teacher: Teacher, *, mean_tail: bool) -> Stored:
