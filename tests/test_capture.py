@@ -457,6 +457,7 @@ print(kills, *committed)
 def killed(cache: Path, folder: str, *, seed: int, most: int) -> list[int]:
     flags = ["--teacher", folder, "--name", "t", "--top-k", "8", "--num-samples", "4", "--device", "cpu"]
     flags += ["--batch-positions", "64", "--shard-positions", "30", "--chunk-positions", "16"]
+    flags += ["--temperatures", "2", "0.5", "--hidden", "int8"]  # every field there is
     done = subprocess.run(
         [sys.executable, "-c", KILLER, str(seed), str(most), str(cache), *flags],
         capture_output=True, text=True, timeout=120, check=True,

@@ -107,7 +107,7 @@ class PageReader:
         if attribute["kind"] == "bf16":
             assert not (self.teacher / "hidden_scale").exists()
             return self.bfloat16(hidden)
-        return self.stored("hidden_scale").astype(np.float64)[:, None] * hidden
+        return self.stored("hidden_scale").astype(np.float64)[:, None] * hidden.astype(np.float64)
 
     def head(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Step 8: weights [V, D] and biases [V]."""
