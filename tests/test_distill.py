@@ -930,6 +930,59 @@ def test_two_processes_train_like_one(teacher: Teacher, loss: dict[str, Any], ti
             assert [b[k] for k in fields] == pytest.approx([a[k] for k in fields], rel=1e-4)
 
 
+SHARDED = """
+import sys
+import torch
+from torch.distributed import init_process_group
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from test_distill import LLAMA, _rows, _trainer, collate, objective_for, tiny_model
+from pathlib import Path
+from tailcache.storage.reader import open_cache
+
+init_process_group("gloo")
+teacher = open_cache(sys.argv[1]).teacher("teacher")
+batch = collate(_rows(teacher)[:6])
+for tied in (True, False):
+    gradients, metrics = [], []
+    for sharded in (False, True):
+        model = tiny_model(21, seed=5, **LLAMA, tie_word_embeddings=tied)
+        trainer = _trainer(teacher, Path(sys.argv[2]), objective_for(teacher, "tad"), model)
+        if sharded:
+            mesh = init_device_mesh("cpu", (2,))
+            for layer in model.model.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        trainer.compute_loss(model, batch).backward()
+        gradients.append([p.grad.full_tensor() if sharded else p.grad for p in model.parameters()])
+        metrics.append(trainer._metrics(model, batch))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*metrics)
+"""
+
+
+@pytest.mark.slow
+def test_a_sharded_model_has_the_same_gradient(teacher: Teacher, tmp_path: Path) -> None:
+    """FSDP2: the head's weight is whole only inside the model's forward, and that is where the loss is worked out."""
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    run_ = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(
+        [*run_, str(teacher.corpus.path.parent), str(tmp_path / "out")],
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": str(Path(__file__).parent),
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 # ---- refusals before any training ----
 
 
