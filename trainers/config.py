@@ -157,7 +157,9 @@ class TrainConfig(LossParameters, _Places):
 
     head_mode: Literal["one-pass", "recompute"] = "one-pass"
     """How the head is fused with the loss. one-pass: its gradient is made in the forward, at the cost of cross-entropy.
-    recompute: holds no gradient of the head between forward and backward, and takes a third longer."""
+    recompute: holds no gradient of the head between forward and backward, and takes a third longer. Losses that need
+    whole rows of the teacher's distribution (--tail exact; prior or uniform for other than kd, tad, dkd and atkd) are
+    always one-pass."""
 
     layout: Literal["auto", "rows", "flat", "documents"] = "auto"
     """How rows become lines of a batch. rows: one line each. flat: all on one line (flash attention).

@@ -139,7 +139,8 @@ def _on_atoms(name: str, loss: LossConfig) -> OnAtoms:
 
 
 def _atoms(tail: str, teacher: TeacherTerms, student: StudentTerms, whole: Rows | None) -> tuple[Tensor, Tensor]:
-    if whole is not None and tail in ("exact", "prior", "uniform"):
+    if tail in ("exact", "prior", "uniform"):
+        assert whole is not None
         return whole.log_p(tail), whole.log_q
     truncated, _ = tail_choice(tail)
     return (head_atoms if tail == "drop" else bucket_atoms)(truncated(teacher), student)
@@ -148,7 +149,8 @@ def _atoms(tail: str, teacher: TeacherTerms, student: StudentTerms, whole: Rows 
 def _tempered(
     temperature: float, tail: str, rows: slice, teacher: TeacherTerms, student: StudentTerms, whole: Rows | None
 ) -> Tensor:
-    if whole is not None and tail == "exact":
+    if tail == "exact":
+        assert whole is not None
         log_p, log_q = whole.log_p(tail) / temperature, whole.logits_cV / temperature
         return temperature**2 * divergences.kl(torch.log_softmax(log_p, -1), torch.log_softmax(log_q, -1))
     truncated, _ = tail_choice(tail)
@@ -164,7 +166,8 @@ def _atkd(loss: LossConfig, tail: str, teacher: TeacherTerms) -> Part:
     def part(rows: slice, t: TeacherTerms, s: StudentTerms, whole: Rows | None) -> Tensor:
         if loss.wraps == "dkd":
             divergence_c = non_target_class_kl(truncated(t), s, tail_function)
-        elif whole is not None and needs_rows(loss, tail):
+        elif needs_rows(loss, tail):
+            assert whole is not None
             divergence_c = on_atoms(
                 _dense_without_target(tail, t, s, whole), split_target(whole.log_q, t.next_tokens)[1]
             )
