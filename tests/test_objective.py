@@ -159,6 +159,24 @@ def test_a_part_is_what_the_pure_function_says(name: Any, tail: Any) -> None:
         assert_close(torch.cat(parts), expected, CLOSE)
 
 
+@pytest.mark.parametrize("wraps", ["reverse_kl", "todi"])
+@pytest.mark.parametrize("tail", ["bucket", "prior", "uniform"])
+def test_a_tail_that_is_only_the_true_token_leaves_no_infinite_atoms(wraps: Any, tail: Any) -> None:
+    problem = _problem()
+    # Rounded, p_y fills the whole tail: nothing is known of the ids beyond the top-K but that it is hardly anything.
+    beyond_T = ~problem.teacher.is_target.any(-1)
+    assert beyond_T.any()
+    log_target_T = torch.where(beyond_T, problem.teacher.log_tail, problem.teacher.log_target)
+    problem = replace(problem, teacher=replace(problem.teacher, log_target=log_target_T))
+    _, prepared = _prepared(problem, LossConfig(name="atkd", wraps=wraps, tail=tail))
+    logits = problem.logits.requires_grad_()
+    values = prepared.of_logits(slice(0, T), logits)
+    values.sum().backward()  # type: ignore[no-untyped-call]
+    assert logits.grad is not None
+    assert values.isfinite().all()
+    assert logits.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("tail", ["bucket", "drop", "renormalise", "exact"])
 def test_kd_at_another_temperature(tail: Any) -> None:
     problem = _problem()

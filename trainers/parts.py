@@ -168,9 +168,7 @@ def _atkd(loss: LossConfig, tail: str, teacher: TeacherTerms) -> Part:
             divergence_c = non_target_class_kl(truncated(t), s, tail_function)
         elif needs_rows(loss, tail):
             assert whole is not None
-            divergence_c = on_atoms(
-                _dense_without_target(tail, t, s, whole), split_target(whole.log_q, t.next_tokens)[1]
-            )
+            divergence_c = on_atoms(*_dense_without_target(tail, t, s, whole))
         else:
             divergence_c = on_atoms(*(head_atoms if tail == "drop" else bucket_atoms)(*without_target(truncated(t), s)))
         return atkd(on_atoms(*target_atoms(t, s)), divergence_c, weights_T[rows], hard_T[rows])
@@ -178,13 +176,22 @@ def _atkd(loss: LossConfig, tail: str, teacher: TeacherTerms) -> Part:
     return part
 
 
-def _dense_without_target(tail: str, teacher: TeacherTerms, student: StudentTerms, whole: Rows) -> Tensor:
-    """[c, V] log p^ off the true token y; where y is beyond the top-K, its share is known and taken out exactly."""
+def _dense_without_target(
+    tail: str, teacher: TeacherTerms, student: StudentTerms, whole: Rows
+) -> tuple[Tensor, Tensor]:
+    """[c, V] log p^ and log q^ off the true token y; where y is beyond the top-K, its share is taken out exactly.
+
+    Where rounding leaves the teacher nothing beyond the top-K but y, those ids are dropped on both sides, as
+    ``without_target`` drops their atom: a reverse KL to a mass that is only not known would be infinite.
+    """
+    _, log_q_cV = split_target(whole.log_q, teacher.next_tokens)
     if tail == "exact":
-        return split_target(whole.log_p(tail), teacher.next_tokens)[1]
+        return split_target(whole.log_p(tail), teacher.next_tokens)[1], log_q_cV
     conditional, _ = without_target(teacher, student)
     fill_cV = whole.fills[tail].expand(len(teacher), -1).scatter(-1, teacher.next_tokens[:, None], 0.0)
-    return filled_atoms(conditional, fill_cV)
+    log_p_cV = filled_atoms(conditional, fill_cV)
+    lost_cV = (conditional.log_tail == -torch.inf)[:, None].expand_as(log_p_cV).scatter(-1, teacher.token_ids, False)
+    return log_p_cV, log_q_cV.masked_fill(lost_cV, -torch.inf)
 
 
 def _draw_by_row(teacher: TeacherTerms, loss: LossConfig, rows_T: Tensor, seed: tuple[int, ...]) -> Draws:
