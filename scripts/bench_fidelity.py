@@ -19,7 +19,6 @@ log-probs is not charged to them. ``fidelity_schemes`` says which sampling schem
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 import statistics
@@ -28,7 +27,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +37,28 @@ from torch import Tensor
 from tailcache.pipeline.config import CaptureConfig
 from tailcache.scripts.embedded import docstring_corpus, smollm2
 from tailcache.scripts.fidelity_gradients import Error, Pool, Problem, Student, Weighting, pools
+from tailcache.scripts.fidelity_report import (
+    FRONTIERS,
+    HEADER,
+    KNOWN,
+    LOSSES,
+    STORED,
+    Entry,
+    at_largest,
+    bars,
+    compared,
+    frontier,
+    plot,
+)
 from tailcache.scripts.fidelity_schemes import SCHEMES, Draws, Tails, variance
-from tailcache.scripts.measure import Bar, report
+from tailcache.scripts.measure import report
 from tailcache.storage.errors import ConfigError
 from tailcache.trainers.tad import log_adaptive_beta
 
-__all__ = ["BenchFidelity", "Entry", "bench", "frontier", "main", "make_problem", "measure", "quick"]
+__all__ = ["BenchFidelity", "bench", "main", "make_problem", "measure", "quick"]
 
-LOSSES = ("TAD", "KL")
 SPLIT, BETA = 10, 2.0
-STORED = ("systematic", "bucket", "prior")
-"""What a cache can be asked for today; the frontier is theirs."""
-KNOWN = " + p(target)"
 RSKD_DRAWS = 50
-RENORMALISED_BARS = {"untrained": 1.0, "half-trained": 2.0, "nearly converged": 5.0}
-"""How many times the error of the top K renormalised is that of the same K with draws, at least."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +68,7 @@ class BenchFidelity:
     top_ks: tuple[int, ...] = (8, 16, 32, 64)
     """K, ids kept."""
 
-    num_samples: tuple[int, ...] = (8, 16, 32)
+    num_samples: tuple[int, ...] = (8, 16, 32, 64)
     """m, draws from the tail; powers of two. 0 is always measured, with a bucket and with the mean tail."""
 
     positions: tuple[int, ...] = (512, 2048, 8192)
@@ -90,7 +95,7 @@ class BenchFidelity:
     num_layers: int = 4
     """Their layers."""
 
-    weight_bits: int = 5
+    weight_bits: int = 6
     """Bits of the rounded teacher's weights, in groups of 32."""
 
     threads: int | None = None
@@ -110,53 +115,13 @@ class BenchFidelity:
 
 
 def quick(config: BenchFidelity) -> BenchFidelity:
-    """The same settings, made small."""
+    """The same settings, made small; the defaults of capture are still among them."""
+    defaults = CaptureConfig(cache=Path(), teacher="", name="")
     return replace(
-        config, top_ks=(8, 64), num_samples=(16,), positions=(64, 256), study_top_ks=(64,), seeds=2, max_tokens=3_000,
+        config, top_ks=(8, defaults.top_k), num_samples=(defaults.num_samples,), positions=(64, 256),
+        study_top_ks=(defaults.top_k,), seeds=2, max_tokens=3_000,
         held_out=0.4, epochs=0.5, hidden_size=32, num_layers=1,
     )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One estimate of one gradient.
-
-    Attributes:
-      student: whose.
-      loss: TAD or KL.
-      positions: pooled.
-      what: the scheme.
-      top_k: K; 0 where there is none.
-      num_samples: m; 0 where there are none.
-      bytes: per position.
-      relative: error, mean over seeds.
-      spread: its standard deviation over seeds; 0 where nothing is drawn.
-      cosine: mean over seeds.
-      norm: root mean square over seeds of the absolute error.
-      theory: what that should be; NaN where there is no closed form.
-    """
-
-    student: str
-    loss: str
-    positions: int
-    what: str
-    top_k: int
-    num_samples: int
-    bytes: float
-    relative: float
-    spread: float
-    cosine: float
-    norm: float
-    theory: float = math.nan
-
-    def __str__(self) -> str:
-        return (
-            f"{self.student},{self.loss},{self.positions},{self.what},{self.top_k},{self.num_samples},{self.bytes:.1f},"
-            f"{self.relative:.4g},{self.spread:.2g},{self.cosine:.4f},{self.norm / self.theory:.3f}"
-        )
-
-
-HEADER = "student,loss,positions,what,K,m,bytes,relative error,its sd over seeds,cosine,rms error / theory"
 
 
 def main() -> None:
@@ -176,8 +141,6 @@ def bench(config: BenchFidelity) -> None:
     with tempfile.TemporaryDirectory(prefix="tailcache-bench-") as folder:
         prepare(replace(docstring_corpus(Path(folder), max_tokens=config.max_tokens), held_out=config.held_out))
         entries, kl, noise = _measure_all(config, open_cache(folder).corpus)
-    for entry in entries:
-        print(entry)
     if config.plot is not None:
         config.plot.parent.mkdir(parents=True, exist_ok=True)
         config.plot.write_bytes(plot(entries, kl))
@@ -186,20 +149,21 @@ def bench(config: BenchFidelity) -> None:
         "variance of the draws / of the labels, TAD": noise,
         "table": [HEADER, *map(str, entries)],
         "frontier": {
-            f"{student}, {loss}": [
+            f"{student}, {loss}, {name}": [
                 f"K = {e.top_k}, m = {e.num_samples} ({e.what}): {e.bytes:.1f} B, {e.relative:.4g}"
-                for e in frontier(_stored(entries, student, loss))
+                for e in frontier(at_largest(entries, student, loss, whats))
             ]
             for student, loss in itertools.product(kl, LOSSES)
+            for name, whats in FRONTIERS.items()
         },
-        "schemes": list(_compared(entries)),
+        "schemes": list(compared(entries)),
     }
-    report("bench_fidelity", figures, bars(entries, config), json_path=config.json, check=config.check)
+    report("bench_fidelity", figures, bars(entries), json_path=config.json, check=config.check)
 
 
 def _wanted(config: BenchFidelity) -> list[tuple[str, int, int]]:
     """(scheme, K, m) to draw."""
-    everywhere = ("systematic", "thinned")
+    everywhere = (STORED, "thinned")
     return [
         (scheme, top_k, num_draws)
         for scheme in SCHEMES
@@ -414,7 +378,7 @@ def measure(
                     yield entry("hidden int8", loss, top_k, 0, pool, [pool.from_hidden(exact, loss, top_k)])
             for scheme, num_draws in itertools.product(SCHEMES, config.num_samples):
                 key = (scheme, top_k, num_draws)
-                if key not in draws or not (last or scheme in STORED):
+                if key not in draws or not (last or scheme == STORED):
                     continue
                 ways = {scheme: pool.sampled}
                 if top_k in config.study_top_ks and scheme in ("independent", "systematic"):
@@ -448,144 +412,6 @@ def _noise(problem: Problem, config: BenchFidelity) -> dict[str, float]:
         draws_T = variance("systematic", problem.tails, top_k, num_draws)
         found[f"K = {top_k}, m = {num_draws}"] = float((beta_T.square() * draws_T).mean()) / labels
     return found
-
-
-def _stored(entries: Sequence[Entry], student: str, loss: str) -> list[Entry]:
-    """What a cache can be asked for, at the largest pool."""
-    num = max(entry.positions for entry in entries)
-    return [e for e in entries if (e.student, e.loss, e.positions) == (student, loss, num) and e.what in STORED]
-
-
-def frontier(entries: Sequence[Entry]) -> list[Entry]:
-    """Those that no other one matches in error with as few bytes, in the order of their bytes."""
-    kept: list[Entry] = []
-    for entry in sorted(entries, key=lambda e: (e.bytes, e.relative)):
-        if not kept or entry.relative < kept[-1].relative:
-            kept.append(entry)
-    return kept
-
-
-def _compared(entries: Sequence[Entry]) -> Iterator[str]:
-    """The sampling schemes at equal K and m: error and bytes over those of independent draws."""
-    num = max(entry.positions for entry in entries)
-    by_key = {(e.student, e.loss, e.what, e.top_k, e.num_samples): e for e in entries if e.positions == num}
-    for (student, loss, what, top_k, num_draws), e in by_key.items():
-        base = by_key.get((student, loss, "independent", top_k, num_draws))
-        if base is not None and e is not base:
-            yield (
-                f"{student}, {loss}, K = {top_k}, m = {num_draws}: {what} / independent: squared error "
-                f"{(e.norm / base.norm) ** 2:.3f}, bytes {e.bytes / base.bytes:.3f}"
-            )
-
-
-def bars(entries: Sequence[Entry], config: BenchFidelity) -> list[Bar]:
-    """What has to hold; see the notes on each."""
-    defaults = CaptureConfig(cache=Path(), teacher="", name="")
-    wanted = (defaults.top_k, defaults.num_samples)
-    found = []
-    students = list(dict.fromkeys(entry.student for entry in entries))
-    for student, loss in itertools.product(students, LOSSES):
-        stored = {(e.what, e.top_k, e.num_samples): e for e in _stored(entries, student, loss)}
-        own = stored.get(("systematic", *wanted))
-        if own is None:
-            continue
-        affordable = [e for e in stored.values() if e.bytes <= 1.01 * own.bytes]
-        best = min(affordable, key=lambda e: e.relative)
-        # Twice the spread over seeds is not told apart.
-        allowed = 1 + 2 * math.hypot(own.spread / own.relative, best.spread / best.relative)
-        found.append(
-            Bar(
-                name=f"{student}, {loss}: error of the defaults / the least at their bytes or fewer "
-                f"(K = {best.top_k}, m = {best.num_samples}, {best.what})",
-                value=own.relative / best.relative,
-                limit=max(1.02, allowed),
-                at_most=True,
-            )
-        )
-        plain = next(
-            e
-            for e in entries
-            if (e.student, e.loss, e.positions, e.what, e.top_k)
-            == (student, loss, own.positions, "renormalised (DistillKit)", own.top_k)
-        )
-        found.append(
-            Bar(
-                name=f"{student}, {loss}: error of the top {own.top_k} renormalised / with {own.num_samples} draws",
-                value=plain.relative / own.relative,
-                limit=RENORMALISED_BARS[student],
-                at_most=False,
-            )
-        )
-        slope = _slope(
-            [
-                e
-                for e in entries
-                if (e.student, e.loss, e.what, e.top_k, e.num_samples) == (student, loss, "systematic", *wanted)
-            ]
-        )
-        found.append(
-            Bar(
-                name=f"{student}, {loss}: |slope + 1/2| of the error per position",
-                value=abs(slope + 0.5),
-                limit=0.1,
-                at_most=True,
-            )
-        )
-    return found
-
-
-def _slope(entries: Sequence[Entry]) -> float:
-    """Of log(absolute error / positions) against log positions, by least squares."""
-    x = [math.log(e.positions) for e in entries]
-    y = [math.log(e.norm / e.positions) for e in entries]
-    return statistics.linear_regression(x, y).slope
-
-
-def _line(axes: Any, entries: Sequence[Entry], what: str, label: str, style: str, colour: str, top_k: int = 0) -> None:
-    """Draw one scheme; of one K, if it is given."""
-    points = sorted((e.bytes, e.relative) for e in entries if e.what == what and top_k in (0, e.top_k))
-    if points:
-        axes.plot(*zip(*points, strict=True), style, color=colour, label=label, linewidth=1.6, markersize=5)
-
-
-def plot(entries: Sequence[Entry], kl: dict[str, float]) -> bytes:
-    """Rate-distortion curves at the largest pool as a PNG: a row of panels per loss, a panel per student."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from tailcache.pipeline.plots import COLOURS
-
-    num = max(entry.positions for entry in entries)
-    figure = Figure(figsize=(13.5, 8.2), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(len(LOSSES), len(kl), squeeze=False, sharex=True)
-    top_ks = sorted({e.top_k for e in entries if e.what == "systematic"})
-    for (row, loss), (column, student) in itertools.product(enumerate(LOSSES), enumerate(kl)):
-        here = [e for e in entries if (e.student, e.loss, e.positions) == (student, loss, num)]
-        axes = panels[row][column]
-
-        line = partial(_line, axes, here)
-        for index, top_k in enumerate(top_ks):
-            line("systematic", f"K = {top_k}, systematic draws", "o-", COLOURS[index], top_k)
-        line("prior", "top K + mean tail", "s:", COLOURS[4])
-        line("bucket", "top K + bucket", "v:", COLOURS[5])
-        line("ghost token (Megatron-LM, zstd)", "ghost token (Megatron-LM, zstd)", "<--", "#777777")
-        line("renormalised (DistillKit)", "renormalised (DistillKit)", "x--", COLOURS[6])
-        line("RS-KD", "RS-KD, 50 draws", "*", "#aa0000")
-        line("hidden int8", f"K = {top_ks[-1]} + hidden int8", "P", "#555500")
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.grid(alpha=0.25, which="both")
-        axes.set_title(f"{loss}: {student} (KL {kl[student]:.2f})", fontsize=10)
-        if row == len(LOSSES) - 1:
-            axes.set_xlabel("bytes per position")
-        if column == 0:
-            axes.set_ylabel(f"relative error of dW, {num:,} positions")
-    handles, labels = panels[-1][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})
-    return file.getvalue()
 
 
 if __name__ == "__main__":

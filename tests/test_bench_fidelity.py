@@ -16,9 +16,11 @@ from loss_cases import SIGMAS, teacher_logprobs
 from torch import Tensor
 from training_fixtures import make_corpus, one_thread
 
-from tailcache.scripts.bench_fidelity import BenchFidelity, Entry, bars, bench, frontier, measure
+from tailcache.pipeline.config import CaptureConfig
+from tailcache.scripts.bench_fidelity import BenchFidelity, bench, measure
 from tailcache.scripts.fidelity_gradients import Error, Pool, Problem, Scatter, Student, Weighting, pools
 from tailcache.scripts.fidelity_positions import int8_rounded, rows_where, targets_of
+from tailcache.scripts.fidelity_report import Entry, bars, compared, frontier
 from tailcache.scripts.fidelity_schemes import (
     SCHEMES,
     Draws,
@@ -29,6 +31,7 @@ from tailcache.scripts.fidelity_schemes import (
     thinned_to,
     variance,
 )
+from tailcache.storage.errors import ConfigError
 from tailcache.trainers.divergences import forward_kl
 from tailcache.trainers.tad import log_adaptive_beta, log_teacher_tail, weighted_tad
 from tailcache.trainers.tails import TailFunction, bucket, prior, sampled
@@ -373,23 +376,40 @@ def test_theory_is_the_expected_squared_error(tiny: Tiny) -> None:
 
 
 def test_missed_bars_are_missed() -> None:
-    config = BenchFidelity()
+    defaults = CaptureConfig(cache=Path(), teacher="", name="")
+    wanted: dict[str, Any] = {"top_k": defaults.top_k, "num_samples": defaults.num_samples}
     base = [
-        entry(positions=num, norm=num**0.5, student=student, loss=loss)
+        entry(positions=num, norm=num**0.5, student=student, loss=loss, **wanted)
         for num in (100, 400)
         for student in ("untrained", "half-trained", "nearly converged")
         for loss in ("TAD", "KL")
     ]
-    plain = [replace(e, what="renormalised (DistillKit)", relative=10.0, num_samples=0) for e in base]
-    assert all(bar.met for bar in bars([*base, *plain], config))
-    better = replace(base[-1], top_k=32, num_samples=32, bytes=99.0, relative=0.08)
-    missed = [bar.name for bar in bars([*base, *plain, better], config) if not bar.met]
-    assert len(missed) == 1
-    assert "K = 32, m = 32" in missed[0]
+    plain = [replace(e, what="renormalised (DistillKit)", relative=1.0, num_samples=0) for e in base]
+    biased = [replace(e, what="bucket", relative=0.05, num_samples=0, bytes=90.0) for e in base]
+    everything = [*base, *plain, *biased]
+    assert all(bar.met for bar in bars(everything))
+
+    def missed(entries: list[Entry]) -> list[str]:
+        return [bar.name for bar in bars(entries) if not bar.met]
+
+    better = replace(base[-1], top_k=7, num_samples=9, bytes=99.0, relative=0.08)
+    assert len(missed([*everything, better])) == 1
+    assert "(K = 7, m = 9)" in missed([*everything, better])[0]
+    assert missed([*everything, replace(better, bytes=102.0)]) == []
+    num_each = len(base) // 2
     flat = [replace(e, norm=float(e.positions)) for e in base]
-    assert sum(not bar.met for bar in bars([*flat, *plain], config)) == len(base) // 2
-    weak = [replace(e, relative=0.05) for e in plain]
-    assert sum(not bar.met for bar in bars([*base, *weak], config)) == len(base) // 2
+    assert len(missed([*flat, *plain, *biased])) == num_each
+    assert len(missed([*base, *[replace(e, relative=0.1) for e in plain], *biased])) == num_each
+    assert len(missed([*base, *plain, *[replace(e, relative=1e-4) for e in biased]])) == num_each
+    with pytest.raises(ConfigError, match="expected the defaults of capture"):
+        bars([replace(e, num_samples=3) for e in base])
+
+
+def test_schemes_are_compared_at_equal_bytes() -> None:
+    head = entry("bucket", num_samples=0, bytes=80.0)
+    plain, fewer = entry("independent", bytes=100.0, norm=2.0), entry("thinned", bytes=90.0, norm=2.2)
+    _, line = compared([head, plain, fewer])
+    assert line == "TAD,64,16,thinned,1.210,1.210,1.210,0.500,0.605"
 
 
 def test_int8_hidden_states() -> None:
