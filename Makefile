@@ -36,6 +36,8 @@ bench: $(VENV)/.ready
 	$(RUN) -m tailcache.scripts.bench_capture
 	$(RUN) -m tailcache.scripts.bench_reader
 	$(RUN) -m tailcache.scripts.bench_codec
+	$(RUN) -m tailcache.scripts.bench_losses
+	$(RUN) -m tailcache.scripts.bench_fidelity
 
 $(VENV)/.ready: pyproject.toml scripts/make_venv.sh
 	@PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" sh scripts/make_venv.sh "$(VENV)"
