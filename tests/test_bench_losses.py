@@ -36,16 +36,19 @@ def test_the_ids_of_a_problem_are_distinct() -> None:
     assert not (teacher.is_target.any(-1)).all()
 
 
-def test_every_loss_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_every_loss_is_measured_and_a_missed_bar_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     threads = torch.get_num_threads()
+    monkeypatch.setitem(bench_losses.TIME_BARS, "tad one-pass", 0.0)
     file = tmp_path / "losses.json"
-    main(BenchLosses(positions=64, vocab_size=3000, width=16, rounds=1, device="cpu", json=file))
+    with pytest.raises(SystemExit) as stopped:
+        main(BenchLosses(positions=64, vocab_size=3000, width=16, rounds=1, device="cpu", json=file, check=True))
+    torch.set_num_threads(threads)
+    assert stopped.value.code == 1
+    assert "losses: missed time of CE + tad one-pass / CE" in capsys.readouterr().err
     record = json.loads(file.read_text())
     assert set(record["figures"]["time_ratio"]) == {"cross-entropy", "dense tad", *bench_losses.TIME_BARS}
     assert record["figures"]["time_ratio"]["cross-entropy"] == 1.0
     assert len(record["bars"]) == len(bench_losses.TIME_BARS) + 4
-
-    monkeypatch.setitem(bench_losses.TIME_BARS, "tad one-pass", 0.0)
-    with pytest.raises(SystemExit):
-        main(BenchLosses(positions=64, vocab_size=3000, width=16, rounds=1, device="cpu", check=True))
-    torch.set_num_threads(threads)
