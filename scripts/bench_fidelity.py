@@ -312,7 +312,7 @@ def _sizes(
         sizes["renormalised (DistillKit)", top_k, 0] = float(math.ceil(top_k * id_bits / 8) + 14)
         raw, packed = megatron_bytes(tails, top_k)
         sizes["ghost token (Megatron-LM)", top_k, 0] = raw
-        sizes["ghost token (Megatron-LM, zstd)", top_k, 0] = packed
+        sizes["ghost token (Megatron-LM zstd)", top_k, 0] = packed
         sizes["hidden int8", top_k, 0] = head + hidden
     for (scheme, top_k, num_draws), each in draws.items():
         if scheme == "threshold":
@@ -369,7 +369,7 @@ def measure(
             exacts = {loss: pool.exact(loss, top_k) for loss in LOSSES}
             for loss, exact in exacts.items():
                 bucket = [pool.bucket(exact, loss, top_k)]
-                for what in ("bucket", "ghost token (Megatron-LM)", "ghost token (Megatron-LM, zstd)"):
+                for what in ("bucket", "ghost token (Megatron-LM)", "ghost token (Megatron-LM zstd)"):
                     yield entry(what, loss, top_k, 0, pool, bucket)
                 yield entry("prior", loss, top_k, 0, pool, [pool.prior(exact, loss, top_k)])
                 renormalised = [pool.renormalised(exact, loss, top_k)]

@@ -217,7 +217,7 @@ def plot(entries: Sequence[Entry], kl: dict[str, float]) -> bytes:
         line("thinned", f"K = {middle}, thinned draws", "o--", COLOURS[len(top_ks) // 2], middle)
         line("prior", "top K + mean tail", "s:", COLOURS[4])
         line("bucket", "top K + bucket", "v:", COLOURS[5])
-        line("ghost token (Megatron-LM, zstd)", "ghost token (Megatron-LM, zstd)", "<--", "#777777")
+        line("ghost token (Megatron-LM zstd)", "ghost token (Megatron-LM zstd)", "<--", "#777777")
         line("renormalised (DistillKit)", "renormalised (DistillKit)", "x--", COLOURS[6])
         line("RS-KD", "RS-KD, 50 draws", "*", "#aa0000")
         line("hidden int8", f"K = {top_ks[-1]} + hidden int8", "P", "#555500")
