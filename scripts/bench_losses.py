@@ -33,7 +33,7 @@ from tailcache.trainers.atkd import atkd, group_weights
 from tailcache.trainers.atoms import bucket_atoms
 from tailcache.trainers.divergences import cross_entropy, reverse_kl
 from tailcache.trainers.dkd import dkd, non_target_class_kl, target_class_kl
-from tailcache.trainers.fused_loss import LossOfTerms, Mode, fused_loss, piece_height
+from tailcache.trainers.fused_loss import LossOfTerms, Mode, TiledSum, fused_loss, piece_height
 from tailcache.trainers.linear_head import VOCABULARY_TILE, LinearHead, tiles_of
 from tailcache.trainers.products import add_product, product
 from tailcache.trainers.tad import log_adaptive_beta, log_teacher_tail, weighted_tad
@@ -115,7 +115,7 @@ def fused_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, next_tokens_T: Ten
     height = piece_height(device, 4 * vocab_size, positions)
     buffer = torch.empty((height, vocab_size), device=device)
     hidden_sum = torch.zeros((positions, width), device=device)
-    weight_sums = [torch.zeros((tile.stop - tile.start, width), device=device) for tile in tiles]
+    weight_sum = TiledSum(weight_VD, tiles, torch.float32)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for rows in tiles_of(positions, height):
         logits_cV, hidden_cD = buffer[: rows.stop - rows.start], hidden_TD[rows]
@@ -130,14 +130,12 @@ def fused_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, next_tokens_T: Ten
         total += (largest_c1[:, 0] + sums_c.log() - target_logits_c).sum()
         logits_cV.div_(sums_c[:, None])
         logits_cV.scatter_add_(-1, targets_c1, -torch.ones_like(targets_c1, dtype=logits_cV.dtype))
-        for tile, weight_sum in zip(tiles, weight_sums, strict=True):
+        for tile, tile_sum in zip(tiles, weight_sum.tiles, strict=True):
             add_product(hidden_sum[rows], logits_cV[:, tile], weight_VD[tile], dtype)
-            add_product(weight_sum, logits_cV[:, tile].t(), hidden_cD, dtype)
+            add_product(tile_sum, logits_cV[:, tile].t(), hidden_cD, dtype)
+        del tile_sum
     del buffer
-    weight_gradient = torch.empty_like(weight_VD)
-    for tile in reversed(tiles):
-        weight_gradient[tile] = weight_sums.pop()
-    return total, hidden_sum.to(dtype), weight_gradient
+    return total, hidden_sum.to(dtype), weight_sum.rounded()
 
 
 def _losses(problem: Problem, small: Problem) -> dict[str, tuple[Problem, LossOfTerms, Mode]]:

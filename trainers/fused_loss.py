@@ -38,11 +38,14 @@ from tailcache.trainers.linear_head import LinearHead, LogitTiles, buffer_bytes,
 from tailcache.trainers.products import add_product, compute_dtype, wide_dtype
 from tailcache.trainers.terms import HeadTerms, StudentTerms, TeacherTerms, terms_from_head, wanted_ids
 
-__all__ = ["LossOfLogits", "LossOfTerms", "Mode", "chunked_loss", "fused_loss", "piece_height"]
+__all__ = ["LossOfLogits", "LossOfTerms", "Mode", "TiledSum", "chunked_loss", "fused_loss", "piece_height"]
 
 Mode = Literal["one-pass", "recompute"]
 LossOfTerms = Callable[[slice, TeacherTerms, StudentTerms], Tensor]
 LossOfLogits = Callable[[slice, Tensor], Tensor]
+
+BLOCK_BYTES = 64 << 20
+"""Of the blocks that a sum wider than the weight is held in."""
 
 _AGAIN = (
     "fused loss: expected one backward of a one-pass loss, found a second (retain_graph=True); its gradients were made "
@@ -271,7 +274,7 @@ class _OnePass(torch.autograd.Function):
         wide, device, num = wide_dtype(dtype), hidden_TD.device, len(hidden_TD)
         logits = LogitTiles(weight, bias, head.vocab_size, head.scale, head.soft_cap, dtype)
         tiles, factors_TD = vocabulary_tiles(head.vocab_size), hidden_TD.to(dtype)
-        weight_sums = _TiledSum(weight, tiles, wide) if weight_needed else None
+        weight_sums = TiledSum(weight, tiles, wide) if weight_needed else None
         hidden_sum = torch.zeros_like(hidden_TD, dtype=wide) if hidden_needed else None
         bias_sum = torch.zeros(len(weight), dtype=wide, device=device) if bias_needed else None
         total, values = torch.zeros((), dtype=torch.float64, device=device), []
@@ -349,25 +352,49 @@ class _RefuseSecond(torch.autograd.Function):
         raise RuntimeError(SECOND_DERIVATIVE)
 
 
-class _TiledSum:
-    """A sum of the weight's shape, wider than the weight, rounded at the end without a second copy of all of it."""
+class TiledSum:
+    """A sum of the weight's shape, wider than the weight, rounded at the end without a second copy of all of it.
+
+    The tiles lie in blocks, and each block is freed as soon as it has been rounded. Blocks are large because memory
+    allocators give only large pieces back to the system at once.
+
+    Attributes:
+      tiles: one sum for each tile, zeros at first.
+    """
 
     def __init__(self, weight: Tensor, tiles: Sequence[slice], dtype: torch.dtype) -> None:
-        self._like, self._places = weight, tiles
+        """Start with zeros.
+
+        Args:
+          weight: [W, D]; whose type the sum is rounded to.
+          tiles: of its rows; what none of them covers is padding.
+          dtype: of the sum.
+        """
+        self._like = weight
         self._whole = torch.zeros_like(weight) if weight.dtype == dtype else None
-        self.tiles = [
-            torch.zeros((tile.stop - tile.start, weight.shape[1]), dtype=dtype, device=weight.device)
+        per_block = max(1, BLOCK_BYTES // max(1, (tiles[0].stop - tiles[0].start) * weight.shape[1] * dtype.itemsize))
+        self._places = [
+            slice(tiles[start].start, tiles[min(start + per_block, len(tiles)) - 1].stop)
+            for start in range(0, len(tiles), per_block)
+        ]
+        self._blocks = [
+            torch.zeros((place.stop - place.start, weight.shape[1]), dtype=dtype, device=weight.device)
             if self._whole is None
-            else self._whole[tile]
-            for tile in tiles
+            else self._whole[place]
+            for place in self._places
+        ]
+        self.tiles = [
+            self._blocks[at // per_block][tile.start - self._places[at // per_block].start :][: tile.stop - tile.start]
+            for at, tile in enumerate(tiles)
         ]
 
     def rounded(self) -> Tensor:
         """[W, D] in the weight's type, the padding 0; the sums are given up."""
+        self.tiles.clear()
         if self._whole is not None:
             return self._whole
         whole = torch.empty_like(self._like)
         whole[self._places[-1].stop :] = 0
         for place in reversed(self._places):
-            whole[place] = self.tiles.pop()
+            whole[place] = self._blocks.pop()
         return whole
