@@ -152,10 +152,11 @@ class CaptureConfig:
     name: str
     """What to call this teacher: its targets are written to CACHE/teachers/NAME."""
 
-    top_k: int = 64
-    """K, the most likely tokens kept at each position; students may train on any K' <= K."""
+    top_k: int = 32
+    """K, the most likely tokens kept at each position; students may train on any K' <= K. More serve losses that see
+    the tail as one atom (reverse KL, ToDi, JSD); for KL and TAD more draws are the better use of the bytes."""
 
-    num_samples: int = 16
+    num_samples: int = 64
     """Draws from the rest of the vocabulary kept at each position, systematic ones; they make the tail's gradient
     unbiased. 0 where K is the whole vocabulary."""
 

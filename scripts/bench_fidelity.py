@@ -163,7 +163,7 @@ def bench(config: BenchFidelity) -> None:
 
 def _wanted(config: BenchFidelity) -> list[tuple[str, int, int]]:
     """(scheme, K, m) to draw."""
-    everywhere = (STORED, "thinned")
+    everywhere = (STORED, "systematic")
     return [
         (scheme, top_k, num_draws)
         for scheme in SCHEMES

@@ -32,11 +32,11 @@ __all__ = [
 ]
 
 LOSSES = ("TAD", "KL")
-STORED = "systematic"
+STORED = "thinned"
 """How a cache draws."""
 BIASED = ("bucket", "prior")
 """What it can do without draws."""
-FRONTIERS = {"draws": (STORED,), "draws or none": (STORED, *BIASED), "thinned draws": ("thinned",)}
+FRONTIERS = {"draws": (STORED,), "draws or none": (STORED, *BIASED), "all draws different": ("systematic",)}
 KNOWN = " + p(target)"
 RENORMALISED_BARS = {"TAD": 2.0, "KL": 5.0}
 """How many times the error of the defaults that of the same K renormalised is, at least."""
@@ -205,16 +205,16 @@ def plot(entries: Sequence[Entry], kl: dict[str, float]) -> bytes:
     figure = Figure(figsize=(13.5, 8.2), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(LOSSES), len(kl), squeeze=False, sharex=True)
-    top_ks = sorted({e.top_k for e in entries if e.what == "systematic"})
+    top_ks = sorted({e.top_k for e in entries if e.what == STORED})
     for (row, loss), (column, student) in itertools.product(enumerate(LOSSES), enumerate(kl)):
         here = [e for e in entries if (e.student, e.loss, e.positions) == (student, loss, num)]
         axes = panels[row][column]
 
         line = partial(_line, axes, here)
         for index, top_k in enumerate(top_ks):
-            line("systematic", f"K = {top_k}, systematic draws", "o-", COLOURS[index], top_k)
+            line(STORED, f"K = {top_k}, draws as stored", "o-", COLOURS[index], top_k)
         middle = top_ks[len(top_ks) // 2]
-        line("thinned", f"K = {middle}, thinned draws", "o--", COLOURS[len(top_ks) // 2], middle)
+        line("systematic", f"K = {middle}, all draws different", "o--", COLOURS[len(top_ks) // 2], middle)
         line("prior", "top K + mean tail", "s:", COLOURS[4])
         line("bucket", "top K + bucket", "v:", COLOURS[5])
         line("ghost token (Megatron-LM zstd)", "ghost token (Megatron-LM zstd)", "<--", "#777777")

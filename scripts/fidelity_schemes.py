@@ -19,8 +19,8 @@ ids is of no consequence here.
 | `threshold`       | the n ids with too large a share for certain, m - n of the others   | own p; mass / (m - n)   |
 | `thinned`         | systematic with m_t <= m draws, each repeated m / m_t times         | r / m                   |
 
-`thinned` spends draws where the tail is heavy: m_t is m r / ``FULL_TAIL``, rounded up to a power of two, 1 to m. The
-repeats are zeros in the stored differences, and whoever reads the draws need not know.
+`thinned` is what capture does (``pipeline.draws``): it spends draws where the tail is heavy, m_t in proportion to r.
+The repeats are zeros in the stored differences, and whoever reads the draws need not know.
 
 Source: Madow, "On the theory of systematic sampling, II" (1949), for systematic draws; Duffield, Lund, Thorup,
 "Priority sampling for estimation of arbitrary subset sums" (2007), and Fearnhead, Clifford, "On-line inference for
@@ -35,8 +35,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tailcache.pipeline.draws import num_distinct
+
 __all__ = [
-    "FULL_TAIL",
     "SCHEMES",
     "Draws",
     "Tails",
@@ -49,8 +50,6 @@ __all__ = [
 ]
 
 SCHEMES = ("independent", "stratified", "systematic", "systematic by p", "threshold", "thinned")
-FULL_TAIL = 0.25
-"""Mass beyond the top K from which `thinned` makes all m draws."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,9 +152,8 @@ def certain(tails: Tails, top_k: int, num_draws: int) -> Tensor:
 
 
 def thinned_to(tails: Tails, top_k: int, num_draws: int) -> Tensor:
-    """[T] int64: m_t, the different draws that `thinned` makes, a power of two up to m (itself one)."""
-    wanted = (tails.mass[:, top_k] * (num_draws / FULL_TAIL)).clamp(1, num_draws)
-    return torch.exp2(wanted.log2().ceil()).long().clamp(max=num_draws)
+    """[T] int64: m_t, the different draws that `thinned` makes, as capture does."""
+    return num_distinct(tails.mass[:, top_k], num_draws)
 
 
 def draw(
@@ -176,7 +174,7 @@ def draw(
       scheme: one of ``SCHEMES``.
       tails: of the same positions.
       top_k: K.
-      num_draws: m; a power of two for `thinned`.
+      num_draws: m.
       num_seeds: independent repetitions.
       cumulative_TV: [T, V] float64, cumulative sum of p over the ids in their own order, the top K left out.
       sorted_cumulative_TV: [T, V] float64, the same over all ids, most likely first.

@@ -20,7 +20,7 @@ from tailcache.pipeline.config import CaptureConfig
 from tailcache.scripts.bench_fidelity import BenchFidelity, bench, measure
 from tailcache.scripts.fidelity_gradients import Error, Pool, Problem, Scatter, Student, Weighting, pools
 from tailcache.scripts.fidelity_positions import int8_rounded, rows_where, targets_of
-from tailcache.scripts.fidelity_report import Entry, bars, compared, frontier
+from tailcache.scripts.fidelity_report import STORED, Entry, bars, compared, frontier
 from tailcache.scripts.fidelity_schemes import (
     SCHEMES,
     Draws,
@@ -326,7 +326,7 @@ def test_another_scheme_has_no_closed_form(tiny: Tiny) -> None:
         variance("stratified", tiny.tails, 3, 8)
 
 
-def entry(what: str = "systematic", top_k: int = 64, num_samples: int = 16, **values: Any) -> Entry:
+def entry(what: str = STORED, top_k: int = 64, num_samples: int = 16, **values: Any) -> Entry:
     plain: dict[str, Any] = {
         "student": "untrained", "loss": "TAD", "positions": 100, "bytes": 100.0, "relative": 0.1, "spread": 0.001,
         "cosine": 0.99, "norm": 1.0,
