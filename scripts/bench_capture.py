@@ -40,10 +40,10 @@ class BenchCapture:
     device: str = "auto"
     """Where to run."""
 
-    top_k: int = 64
+    top_k: int = CaptureConfig.top_k
     """Tokens kept."""
 
-    num_samples: int = 16
+    num_samples: int = CaptureConfig.num_samples
     """Draws from the tail."""
 
     batch_positions: int = 4096
