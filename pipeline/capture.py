@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from tailcache.pipeline.config import CaptureConfig
-from tailcache.pipeline.draws import SAMPLING, draw_key, systematic_points
+from tailcache.pipeline.draws import FULL_TAIL, SAMPLING, draw_key, uniforms
 from tailcache.pipeline.head import HeadSummary, summarise_logits
 from tailcache.pipeline.hidden import encode_hidden
 from tailcache.pipeline.load_teacher import load_teacher, load_teacher_tokenizer, model_revision
@@ -153,7 +153,7 @@ def capture_rows(
         if hidden is not None:
             records.fill_hidden(batch.target, hidden_TD, hidden.kind)
         next_T = torch.from_numpy(batch.next_token).to(device)
-        points_Tm = torch.from_numpy(systematic_points(key, batch.target + first_target, num_samples)).to(device)
+        uniforms_T = torch.from_numpy(uniforms(key, batch.target + first_target)).to(device)
         for a in range(0, len(next_T), matmul):
             logits_TV = teacher.logits(hidden_TD[a : a + matmul])
             if tail_sum_V is None:
@@ -168,9 +168,10 @@ def capture_rows(
                     summarise_logits(
                         piece_TV,
                         next_T[chunk],
-                        points_Tm[chunk],
+                        uniforms_T[chunk],
                         vocab_size=teacher.vocab_size,
                         top_k=top_k,
+                        num_samples=num_samples,
                         temperatures=temperatures,
                         tail_sum_V=tail_sum_V,
                         scratch_TV=scratch[: len(piece_TV)],
@@ -296,6 +297,7 @@ def _settings(config: CaptureConfig, teacher: Teacher) -> dict[str, Any]:
         "batch_positions": config.batch_positions,
         "head_chunk": [chunk, summary],
         "sampling": SAMPLING,
+        "full_tail": FULL_TAIL,
         "sample_seed": config.sample_seed,
         "versions": _versions(),
     }

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "MASKED", "HeadSummary", "mask_padding", "padded_width", "summarise_logits"]
+from tailcache.pipeline.draws import thinned_points
+
+__all__ = ["BLOCK", "MASKED", "HeadSummary", "mask_padding", "padded_width", "summarise_logits", "tail_mass"]
 
 BLOCK = 64
 MASKED = -1e30
@@ -62,10 +64,11 @@ def mask_padding(logits_TV: Tensor, vocab_size: int) -> Tensor:
 def summarise_logits(
     logits_TV: Tensor,
     targets_T: Tensor,
-    points_Tm: Tensor,
+    uniforms_T: Tensor,
     *,
     vocab_size: int,
     top_k: int,
+    num_samples: int,
     temperatures: tuple[float, ...] = (),
     tail_sum_V: Tensor | None = None,
     scratch_TV: Tensor | None = None,
@@ -75,9 +78,10 @@ def summarise_logits(
     Args:
       logits_TV: [T, V] float32 logits at temperature 1, contiguous, V a multiple of 64, padding masked.
       targets_T: [T] int64, the true next token.
-      points_Tm: [T, m] float64 in [0, 1], where the tail's distribution function is inverted, one per draw.
+      uniforms_T: [T] float64 in [0, 1), each position's number, which with its tail's mass decides its draws.
       vocab_size: real tokens; 1 <= top_k <= vocab_size <= V.
       top_k: tokens kept.
+      num_samples: m; where K is the whole vocabulary there is no tail, and nothing is drawn.
       temperatures: n further temperatures tau at which the tail is summed.
       tail_sum_V: [V] float64, to which the sum of the T normalised tails is added; none to skip it.
       scratch_TV: [T, V] float32 to work in; none allocates it.
@@ -86,6 +90,8 @@ def summarise_logits(
       The summary, on the logits' device. A row with a NaN or infinite logit, or with one so low (below -1e30) that
       it cannot be told from padding, has a NaN in ``tail_entropy``, ``log_tail`` or ``logprobs``; the caller checks,
       so that a GPU need not wait.
+
+    A row's ids, draws among them, have the same bits whatever rows are beside it.
 
     Cost: about six passes over [T, V], and three for each temperature; keep T * V * 8 bytes within the processor's
     cache.
@@ -133,6 +139,7 @@ def summarise_logits(
         unnormalised_T = tail_T.log() + tail_max_T.double()
         log_total_T = torch.logaddexp(log_head_T, unnormalised_T)
         log_tail_T = unnormalised_T - log_total_T
+        points_Tm = thinned_points(uniforms_T, tail_mass(log_head_T, unnormalised_T), num_samples)
         samples_Tm = _draw(exp_TBb, cumulative_TB, points_Tm)
         if tail_sum_V is not None:
             tail_sum_V.add_((tail_T.reciprocal().float()[None, :] @ exp_TV)[0])
@@ -158,6 +165,15 @@ def summarise_logits(
         tail_samples=samples_Tm,
         log_z_tail=log_z_tail_Tn.float().masked_fill(lost_T[:, None], torch.nan),
     )
+
+
+def tail_mass(log_head_T: Tensor, log_tail_T: Tensor) -> Tensor:
+    """[T] the tail's share of head and tail, from the logs of both, float64 and up to a common constant.
+
+    Not from ``logaddexp``, which may round otherwise for the last few rows of a batch: how many of a position's draws
+    are different follows from this number, and must not depend on what else is in the batch.
+    """
+    return (1 + (log_head_T - log_tail_T).exp()).reciprocal()
 
 
 def _block_sum(values_TV: Tensor) -> Tensor:

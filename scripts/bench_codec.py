@@ -178,16 +178,18 @@ def _head(config: BenchCodec) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     logits_TV = torch.randn((32, 49_152), generator=generator) * 3
     targets_T = torch.randint(0, 49_152, (32,), generator=generator)
-    uniforms = torch.rand((32, max(1, config.num_samples)), generator=generator, dtype=torch.float64)
+    uniforms_T = torch.rand(32, generator=generator, dtype=torch.float64)
+    num_samples = max(1, config.num_samples)
     scratch, tail_sum = torch.empty_like(logits_TV), torch.zeros(49_152, dtype=torch.float64)
 
     def ours(copy: Any) -> Any:
         return summarise_logits(
             copy,
             targets_T,
-            uniforms,
+            uniforms_T,
             vocab_size=49_152,
             top_k=config.top_k,
+            num_samples=num_samples,
             tail_sum_V=tail_sum,
             scratch_TV=scratch,
         )
@@ -196,7 +198,7 @@ def _head(config: BenchCodec) -> dict[str, Any]:
         logprobs = copy.log_softmax(-1)
         top = logprobs.topk(config.top_k, dim=-1)
         tail = logprobs.scatter(1, top.indices, -torch.inf).exp()
-        tail.multinomial(uniforms.shape[1], replacement=True)
+        tail.multinomial(num_samples, replacement=True)
         return logprobs
 
     def timed(function: Any) -> float:

@@ -200,7 +200,7 @@ def test_what_a_capture_says_of_itself(cache: Path, teacher: Teacher) -> None:
     settings = manifest["settings"]
     assert (settings["dtype"], settings["device"], settings["head_width"]) == ("float32", "cpu", V)
     assert settings["weights"] == teacher.weights_hash()
-    assert settings["sampling"] == "systematic"
+    assert (settings["sampling"], settings["full_tail"]) == ("systematic, thinned", 0.25)
     assert settings["model"]["model_type"] == "llama"
     assert {"torch", "transformers", "tailcache"} <= settings["versions"].keys()
     assert manifest["provenance"]["config"]["top_k"] == 8

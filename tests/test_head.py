@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tailcache.pipeline.draws import draw_key, systematic_points
-from tailcache.pipeline.head import HeadSummary, mask_padding, padded_width, summarise_logits
+from tailcache.pipeline.draws import draw_key, num_distinct, uniforms
+from tailcache.pipeline.head import HeadSummary, mask_padding, padded_width, summarise_logits, tail_mass
 
 Floats = NDArray[np.float32]
 TEMPERATURES = (0.5, 2.0, 4.0, 10.0)
@@ -24,18 +24,19 @@ DIGITS = Context(prec=50, Emin=-(10**9), Emax=10**9)
 
 
 def summarise(
-    logits: Floats, targets: Any, *, top_k: int, m: int = 0, key: int = 7, points: Any = None, **options: Any
+    logits: Floats, targets: Any, *, top_k: int, m: int = 0, key: int = 7, numbers: Any = None, **options: Any
 ) -> HeadSummary:
-    """The head of real logits [T, V], padded to whole blocks by what must not matter; ``points``: in place of ours."""
+    """The head of real logits [T, V], padded to whole blocks by what must not matter; ``numbers``: in place of ours."""
     num, vocab_size = logits.shape
     padded = torch.zeros((num, padded_width(vocab_size)))
     padded[:, :vocab_size] = torch.from_numpy(logits)
     return summarise_logits(
         mask_padding(padded, vocab_size),
         torch.as_tensor(targets),
-        torch.from_numpy(systematic_points(key, np.arange(num), m) if points is None else points),
+        torch.from_numpy(uniforms(key, np.arange(num)) if numbers is None else numbers),
         vocab_size=vocab_size,
         top_k=top_k,
+        num_samples=m,
         **options,
     )
 
@@ -232,9 +233,10 @@ def test_logits_that_are_not_finite_show_and_spoil_no_other_row(top_k: int, bad:
 def test_padding_has_no_mass_and_would_have_without_the_mask() -> None:
     logits = torch.full((1, 128), -4.0)
     logits[:, 100:] = 0.0  # what a padded head gives: zero weights
-    u = torch.from_numpy(systematic_points(1, np.arange(1), 200))
-    masked = summarise_logits(mask_padding(logits.clone(), 100), torch.tensor([3]), u, vocab_size=100, top_k=10)
-    phantom = summarise_logits(logits.clone(), torch.tensor([3]), u, vocab_size=100, top_k=10)
+    u = torch.from_numpy(uniforms(1, np.arange(1)))
+    sizes: dict[str, Any] = {"vocab_size": 100, "top_k": 10, "num_samples": 200}
+    masked = summarise_logits(mask_padding(logits.clone(), 100), torch.tensor([3]), u, **sizes)
+    phantom = summarise_logits(logits.clone(), torch.tensor([3]), u, **sizes)
     assert masked.log_target.item() == pytest.approx(-np.log(100), abs=1e-6)
     assert masked.log_tail.item() == pytest.approx(np.log(0.9), abs=1e-6)
     assert masked.tail_entropy.item() == pytest.approx(np.log(90), abs=1e-5)
@@ -250,8 +252,10 @@ def test_a_fifth_of_blocks_padding_as_in_real_heads() -> None:
     logits = torch.zeros((4, 320))
     logits[:, :150] = torch.from_numpy(real)
     for top_k in (1, 4, 5, 149):
-        u = torch.from_numpy(systematic_points(1, np.arange(4), 5))
-        summary = summarise_logits(mask_padding(logits.clone(), 150), torch.arange(4), u, vocab_size=150, top_k=top_k)
+        u = torch.from_numpy(uniforms(1, np.arange(4)))
+        summary = summarise_logits(
+            mask_padding(logits.clone(), 150), torch.arange(4), u, vocab_size=150, top_k=top_k, num_samples=5
+        )
         narrow = summarise(real, np.arange(4), top_k=top_k, m=5, key=1)
         for name in ("token_ids", "tail_samples"):
             assert torch.equal(getattr(summary, name), getattr(narrow, name)), name
@@ -262,8 +266,8 @@ def test_a_fifth_of_blocks_padding_as_in_real_heads() -> None:
 def test_sizes_that_make_no_sense_are_refused(top_k: int, vocab_size: int, width: int) -> None:
     with pytest.raises(ValueError, match=f"top_k {top_k}, vocab_size {vocab_size}, V {width}"):
         summarise_logits(
-            torch.zeros((1, width)), torch.zeros(1, dtype=torch.int64), torch.zeros((1, 0), dtype=torch.float64),
-            vocab_size=vocab_size, top_k=top_k,
+            torch.zeros((1, width)), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64),
+            vocab_size=vocab_size, top_k=top_k, num_samples=0,
         )  # fmt: skip
 
 
@@ -282,10 +286,11 @@ def chi_square(counts: NDArray[np.float64], expected: NDArray[np.float64]) -> fl
 
 @functools.cache
 def many_draws(vocab_size: int, top_k: int, kind: str) -> tuple[Floats, HeadSummary]:
-    """One distribution inverted at 200 times 100 independent points."""
+    """One distribution inverted at 20,000 independent points."""
     logits = random_logits(kind, 1, vocab_size, seed=3)
-    points = np.random.default_rng(5).random((200, 100))
-    return logits, summarise(np.repeat(logits, 200, axis=0), np.zeros(200, np.int64), top_k=top_k, points=points)
+    numbers = np.random.default_rng(5).random(20_000)
+    many = np.repeat(logits, 20_000, axis=0)
+    return logits, summarise(many, np.zeros(20_000, np.int64), top_k=top_k, m=1, numbers=numbers)
 
 
 def exact_tail(logits: Floats, summary: HeadSummary) -> NDArray[np.float64]:
@@ -326,39 +331,93 @@ def test_the_mean_of_weights_over_draws_is_unbiased() -> None:
     assert standard_error < 0.05 * f[tail > 0].sum()
 
 
-@pytest.mark.parametrize(("vocab_size", "top_k"), [(150, 1), (150, 10), (700, 3), (70, 68)])
+def distinct_of(logits: Floats, summary: HeadSummary, m: int) -> int:
+    """How many different points the first row gets, by its exact tail."""
+    log_tail = exact(logits[0], summary.token_ids[0].tolist(), 0)["log_tail"]
+    return int(num_distinct(torch.tensor([np.exp(log_tail)], dtype=torch.float64), m).item())
+
+
+@pytest.mark.parametrize(("vocab_size", "top_k"), [(150, 1), (150, 10), (150, 60), (700, 3), (70, 68)])
 @pytest.mark.parametrize("kind", ["random", "zipf", "peaked", "constant"])
-def test_counts_are_never_off_by_one(vocab_size: int, top_k: int, kind: str) -> None:
-    """|count - m p| < 1 for every token at every position, whatever m; so a token with m p <= 1 comes once at most."""
+def test_counts_are_off_by_less_than_one_repeat(vocab_size: int, top_k: int, kind: str) -> None:
+    """|count - m p| < m/n for every token at every position, whatever m, and a count is a multiple of m/n."""
     logits = random_logits(kind, 1, vocab_size, seed=4)
-    for m in (1, 2, 7, 16, 100):
+    for m in (1, 2, 7, 12, 16, 100):
         summary = summarise(np.repeat(logits, 50, axis=0), np.zeros(50, np.int64), top_k=top_k, m=m, key=m)
+        distinct = distinct_of(logits, summary, m)
+        repeats = m // distinct
         expected = m * exact_tail(logits, summary)
         counts = counts_of(summary, vocab_size)
-        assert np.abs(counts - expected).max() < 1 + 1e-6  # the probabilities are summed in float32, 64 at a time
-        assert counts[:, expected < 1 - 1e-6].max(initial=0) <= 1
+        assert (counts % repeats == 0).all()
+        assert np.abs(counts - expected).max() < repeats * (1 + 1e-6)  # sums are float32, 64 terms at a time
+        assert counts[:, expected < repeats * (1 - 1e-6)].max(initial=0) <= repeats
 
 
-def test_systematic_draws_are_unbiased_and_vary_less_than_independent_ones() -> None:
-    """Over many seeds: the mean count is m p for every token, its variance the least that a whole number can have."""
+def test_fewer_different_draws_where_the_tail_is_light() -> None:
+    """From one id (a tail of 1e-30) to all 16, growing with the tail's mass."""
+    logits = np.zeros((12, 400), np.float32)
+    logits[:, 0] = np.log(399) + np.array([69.0, 6.0, 5.0, 4.5, 4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.0, 0.0])
+    summary = summarise(logits, np.zeros(12, np.int64), top_k=1, m=16)
+    found = [len(set(row)) for row in summary.tail_samples.tolist()]
+    assert found == [1, 1, 1, 1, 2, 2, 4, 8, 8, 16, 16, 16]  # 399 tokens of equal mass: different points differ
+    mass = summary.log_tail.double().exp()
+    assert found == num_distinct(mass, 16).tolist()
+    assert float(mass[9]) < 0.25  # 64 r = 11.7, of which the next divisor is 16
+
+
+@pytest.mark.parametrize(("top_k", "distinct"), [(4, 8), (60, 4), (100, 2), (120, 1)])
+def test_thinned_draws_are_unbiased_and_vary_as_little_as_their_number_lets_them(top_k: int, distinct: int) -> None:
+    """Over many seeds: the mean count is m p for every token, its variance the least of any multiple of m/n."""
     logits, m, seeds = random_logits("zipf", 1, 150, seed=5), 8, 4000
     counts = [
-        counts_of(summarise(np.repeat(logits, 400, axis=0), np.zeros(400, np.int64), top_k=4, m=m, key=key), 150)
+        counts_of(summarise(np.repeat(logits, 400, axis=0), np.zeros(400, np.int64), top_k=top_k, m=m, key=key), 150)
         for key in range(seeds // 400)
     ]
     found = np.concatenate(counts).astype(np.float64)
-    tail = exact_tail(logits, summarise(logits, [0], top_k=4))
-    share = m * tail - np.floor(m * tail)  # a count is the integer below m p, or with this probability the next one
-    error = (found.mean(axis=0) - m * tail) / np.sqrt(np.maximum(share * (1 - share), 1e-12) / seeds)
-    assert np.abs(error[tail > 1e-4]).max() < 4.5
-    np.testing.assert_allclose(found[:, tail > 1e-3].var(axis=0), (share * (1 - share))[tail > 1e-3], rtol=0.4)
-    assert found.var(axis=0).sum() == pytest.approx((share * (1 - share)).sum(), rel=0.02)
-    assert found.var(axis=0).sum() < 0.85 * (m * tail * (1 - tail)).sum()
+    summary = summarise(logits, [0], top_k=top_k)
+    tail = exact_tail(logits, summary)
+    assert distinct_of(logits, summary, m) == distinct
+    due = distinct * tail  # a count is m/n times the integer below n p, or with this probability the next one
+    share = due - np.floor(due)
+    least = (m / distinct) ** 2 * share * (1 - share)
+    error = (found.mean(axis=0) - m * tail) / np.sqrt(np.maximum(least, 1e-12) / seeds)
+    assert np.abs(error[due * seeds > 20]).max() < 4.5
+    often = due * seeds > 150
+    np.testing.assert_allclose(found[:, often].var(axis=0), least[often], rtol=0.4)
+    assert found.var(axis=0).sum() == pytest.approx(least.sum(), rel=0.02)
     f = np.random.default_rng(0).normal(size=(150, 300))  # 300 sums over the tail
     estimates = found @ f / m
     assert (np.abs(estimates.mean(axis=0) - tail @ f) < 5 * estimates.std(axis=0) / np.sqrt(seeds)).all()
-    independent = (tail @ f**2 - (tail @ f) ** 2) / m
-    assert estimates.var(axis=0).mean() < 0.9 * independent.mean()
+    independent = (tail @ f**2 - (tail @ f) ** 2) / distinct
+    # Of as many independent draws; a single one is both.
+    assert least.sum() < (0.85 if distinct > 4 else 1 + 1e-6) * m**2 / distinct * (tail * (1 - tail)).sum()
+    assert estimates.var(axis=0).mean() < (0.9 if distinct > 4 else 1.05) * independent.mean()
+
+
+@pytest.mark.parametrize(("vocab_size", "top_k", "m"), [(128, 120, 16), (128, 124, 32), (192, 176, 12), (100, 95, 20)])
+def test_how_many_differ_does_not_depend_on_the_batch_even_at_a_threshold(vocab_size: int, top_k: int, m: int) -> None:
+    """Equal logits, so that m r / FULL_TAIL is a whole number but for rounding, which has to be the same everywhere."""
+    logits = np.repeat(random_logits("constant", 1, vocab_size), 200, axis=0)
+    logits += np.linspace(-9, 9, 200, dtype=np.float32)[:, None]  # same distributions, other roundings
+    whole = summarise(logits, np.zeros(200, np.int64), top_k=top_k, m=m)
+    for size in (1, 3, 64, 199):
+        for start in range(0, 200, size):
+            rows = slice(start, start + size)
+            numbers = uniforms(7, np.arange(200)[rows])
+            part = summarise(logits[rows], np.zeros(len(numbers), np.int64), top_k=top_k, m=m, numbers=numbers)
+            assert torch.equal(part.tail_samples, whole.tail_samples[rows])
+
+
+def test_the_tails_mass_has_the_same_bits_in_any_batch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    log_head, log_tail = 8 * torch.rand((2, 4099), generator=generator, dtype=torch.float64)
+    whole = tail_mass(log_head, log_tail)
+    for size in (1, 3, 8, 13, 64):
+        parts = [tail_mass(a, b) for a, b in zip(log_head.split(size), log_tail.split(size), strict=True)]
+        assert torch.equal(torch.cat(parts), whole)
+    torch.testing.assert_close(whole, log_tail.exp() / (log_head.exp() + log_tail.exp()), rtol=1e-14, atol=0)
+    far = torch.tensor([2000.0], dtype=torch.float64)
+    assert (tail_mass(far, -far).item(), tail_mass(-far, far).item()) == (0, 1)
 
 
 def test_draws_of_two_positions_are_independent() -> None:
@@ -376,7 +435,7 @@ def test_draws_do_not_depend_on_chunks_or_order() -> None:
     logits = random_logits("random", 37, 500)
     targets = np.arange(37)
     whole = summarise(logits, targets, top_k=6, m=5)
-    u = torch.from_numpy(systematic_points(7, np.arange(37), 5))
+    u = torch.from_numpy(uniforms(7, np.arange(37)))
     generator = np.random.default_rng(0)
     for size in (1, 4, 36):
         order = generator.permutation(37)
@@ -386,7 +445,7 @@ def test_draws_do_not_depend_on_chunks_or_order() -> None:
             padded[:, :500] = torch.from_numpy(logits[rows])
             part = summarise_logits(
                 mask_padding(padded, 500), torch.from_numpy(targets[rows]), u[rows], vocab_size=500, top_k=6,
-                scratch_TV=torch.empty((len(rows), 512)),
+                num_samples=5, scratch_TV=torch.empty((len(rows), 512)),
             )  # fmt: skip
             for name in ("token_ids", "tail_samples"):
                 assert torch.equal(getattr(part, name), getattr(whole, name)[rows]), name
@@ -400,8 +459,10 @@ def test_the_first_and_the_last_number_draw_tokens_that_have_mass() -> None:
     numbers = [0.0, 2.0**-53, 1 - 2.0**-53, float(np.nextafter(1 / (1 + np.exp(-1.0)), 2))]
     padded = torch.full((4, 256), 0.0)
     padded[:, :200] = torch.from_numpy(logits)
-    u: Tensor = torch.tensor(numbers, dtype=torch.float64)[:, None]
-    summary = summarise_logits(mask_padding(padded, 200), torch.zeros(4, dtype=torch.int64), u, vocab_size=200, top_k=1)
+    u: Tensor = torch.tensor(numbers, dtype=torch.float64)
+    summary = summarise_logits(
+        mask_padding(padded, 200), torch.zeros(4, dtype=torch.int64), u, vocab_size=200, top_k=1, num_samples=1
+    )
     assert summary.tail_samples[:, 0].tolist()[:3] == [70, 70, 190]
     assert summary.tail_samples[3, 0] in (70, 190)
 
