@@ -157,8 +157,9 @@ class CaptureConfig:
     the tail as one atom (reverse KL, ToDi, JSD); for KL and TAD more draws are the better use of the bytes."""
 
     num_samples: int = 64
-    """Draws from the rest of the vocabulary kept at each position, systematic ones; they make the tail's gradient
-    unbiased. 0 where K is the whole vocabulary."""
+    """Draws from the rest of the vocabulary kept at each position; they make the tail's gradient unbiased. Where that
+    rest has little mass, fewer are different and each is repeated, which takes next to no bytes: best a number with
+    many divisors, such as 16, 48 or 64. 0 where K is the whole vocabulary."""
 
     temperatures: tuple[float, ...] = ()
     """Further temperatures at which the mass beyond the top K is kept (`log_z_tail`, 4 bytes each before compression),

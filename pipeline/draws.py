@@ -1,24 +1,24 @@
-"""Where each position's tail is drawn, from the corpus and the position alone, not from batching, order or device.
+"""Where each position's tail is drawn: from the corpus, the position and its tail's mass, not from batching or order.
 
-Draws are *systematic*: one uniform number u per position, and the tail's distribution function inverted at (u + j)/n
-for j = 0 … n − 1. Each of these points is uniform by itself within its nth, so the expected count of a token is n times
+Draws are *systematic*: one uniform number u per position, and the tail's distribution function inverted at (u + j)/m
+for j = 0 … m − 1. Each of these points is uniform by itself within its mth, so the expected count of a token is m times
 its probability in the tail, as with independent draws, and whatever is linear in the draws is unbiased. But a count
-is never off by one or more: a token with n p <= 1 is drawn once at most, and no whole number with the same mean has a
+is never off by one or more: a token with m p <= 1 is drawn once at most, and no whole number with the same mean has a
 lower variance. So the error of a gradient by tokens, summed over tokens, is never higher, at the same bytes; that of a
 single sum over the tail is lower on average, but not for any sum, because neighbouring ids are drawn together or not.
 
-They are *thinned*: where the tail has little mass r, only n of the m stored draws are different, and each of these
-stands there m/n times. A draw still weighs r/m and a token's expected count is still m times its probability, so
+They are *thinned*: where the tail has little mass r, only m_t of the m stored draws are different, and each of these
+stands there m/m_t times. A draw still weighs r/m and a token's expected count is still m times its probability, so
 nothing that reads draws need know; repeats are differences of 0 between sorted draws and take next to no bytes. The
-squared error of a position goes as r²/n, so a given number of different draws serves best where n is in proportion to
-r: optimal allocation (Neyman, "On the two different aspects of the representative method", Journal of the Royal
+squared error of a position goes as r²/m_t, so a given number of different draws serves best where m_t is in proportion
+to r: optimal allocation (Neyman, "On the two different aspects of the representative method", Journal of the Royal
 Statistical Society 97, 1934).
 
 The uniform numbers come from a counter-based generator: the finaliser of SplitMix64 (Steele, Lea, Flood, "Fast
 splittable pseudorandom number generators", OOPSLA 2014) over a key and a counter. Any position's draws can be made
 again without the others, and those of different positions are independent.
 
-Legend: T positions, m stored draws per position, n <= m different ones.
+Legend: T positions, m stored draws per position, m_t <= m different ones.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def thinned_points(uniforms_T: Tensor, tail_mass_T: Tensor, num: int) -> Tensor:
       num: m, the draws per position; 0 is fine.
 
     Returns:
-      [T, m] float64, not decreasing: (u + j)/n for j = 0 … n - 1, each m/n times. Below 1 but for rounding: the last
-      may be 1 where u is within 2^-50 of it.
+      [T, m] float64, not decreasing: (u + j)/m_t for j = 0 … m_t - 1, each m/m_t times. Below 1 but for rounding: the
+      last may be 1 where u is within 2^-50 of it.
 
     Source: Madow, "On the theory of systematic sampling, II", Annals of Mathematical Statistics 20 (1949).
     """

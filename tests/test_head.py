@@ -340,7 +340,7 @@ def distinct_of(logits: Floats, summary: HeadSummary, m: int) -> int:
 @pytest.mark.parametrize(("vocab_size", "top_k"), [(150, 1), (150, 10), (150, 60), (700, 3), (70, 68)])
 @pytest.mark.parametrize("kind", ["random", "zipf", "peaked", "constant"])
 def test_counts_are_off_by_less_than_one_repeat(vocab_size: int, top_k: int, kind: str) -> None:
-    """|count - m p| < m/n for every token at every position, whatever m, and a count is a multiple of m/n."""
+    """|count - m p| < m/m_t for every token at every position, whatever m, and a count is a multiple of m/m_t."""
     logits = random_logits(kind, 1, vocab_size, seed=4)
     for m in (1, 2, 7, 12, 16, 100):
         summary = summarise(np.repeat(logits, 50, axis=0), np.zeros(50, np.int64), top_k=top_k, m=m, key=m)
@@ -367,7 +367,7 @@ def test_fewer_different_draws_where_the_tail_is_light() -> None:
 
 @pytest.mark.parametrize(("top_k", "distinct"), [(4, 8), (60, 4), (100, 2), (120, 1)])
 def test_thinned_draws_are_unbiased_and_vary_as_little_as_their_number_lets_them(top_k: int, distinct: int) -> None:
-    """Over many seeds: the mean count is m p for every token, its variance the least of any multiple of m/n."""
+    """Over many seeds: the mean count is m p for every token, its variance the least of any multiple of m/m_t."""
     logits, m, seeds = random_logits("zipf", 1, 150, seed=5), 8, 4000
     counts = [
         counts_of(summarise(np.repeat(logits, 400, axis=0), np.zeros(400, np.int64), top_k=top_k, m=m, key=key), 150)
@@ -377,7 +377,7 @@ def test_thinned_draws_are_unbiased_and_vary_as_little_as_their_number_lets_them
     summary = summarise(logits, [0], top_k=top_k)
     tail = exact_tail(logits, summary)
     assert distinct_of(logits, summary, m) == distinct
-    due = distinct * tail  # a count is m/n times the integer below n p, or with this probability the next one
+    due = distinct * tail  # a count is m/m_t times the integer below m_t p, or with this probability the next one
     share = due - np.floor(due)
     least = (m / distinct) ** 2 * share * (1 - share)
     error = (found.mean(axis=0) - m * tail) / np.sqrt(np.maximum(least, 1e-12) / seeds)
