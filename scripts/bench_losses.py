@@ -18,7 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -233,15 +233,15 @@ def _timed(run: Callable[[], float], device: str) -> float:
 
 
 def _peak(options: BenchLosses, name: str) -> float:
-    """Peak MiB of one run above what was there before; to be called in a process that has done nothing else."""
+    """Peak MiB of one run above what was there before; to be called in a process of its own."""
     runs, device = _runs(options)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() / 2**20
         runs[name]()
         return torch.cuda.max_memory_allocated() / 2**20 - before
-    # The first product of a process sets up its library; that is not the loss's.
-    torch.mm(torch.ones(64, 64), torch.ones(64, 64))
+    # What a process loads and sets up at its first loss is not the loss's memory.
+    _runs(replace(options, positions=8, vocab_size=2000, width=8))[0][name]()
     gc.collect()
     reset_peak()
     before = peak_mib()
