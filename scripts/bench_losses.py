@@ -290,7 +290,7 @@ class BenchLosses:
 def _runs(options: BenchLosses) -> tuple[dict[str, Callable[[], float]], str]:
     """What can be measured, by name, and where."""
     torch.set_num_threads(options.threads)
-    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device(options)
     positions, width = _sizes(options, device)
 
     def make(top_k: int) -> Problem:
@@ -320,6 +320,12 @@ def _runs(options: BenchLosses) -> tuple[dict[str, Callable[[], float]], str]:
     if liger is not None:
         runs[LIGER] = liger
     return runs, device
+
+
+def _device(options: BenchLosses) -> str:
+    if options.device != "auto":
+        return options.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _sizes(options: BenchLosses, device: str) -> tuple[int, int]:
@@ -392,8 +398,7 @@ def main(options: BenchLosses) -> None:
 def _names(options: BenchLosses) -> list[str]:
     """Whose memory is measured: the baseline, both modes, the dense computation, and Liger where it can run."""
     names = ["cross-entropy", "tad one-pass", "tad recompute", "dense tad"]
-    wanted = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    installed = wanted == "cuda" and importlib.util.find_spec("liger_kernel") is not None
+    installed = _device(options) == "cuda" and importlib.util.find_spec("liger_kernel") is not None
     return names + [LIGER] * installed
 
 
