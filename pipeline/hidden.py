@@ -36,9 +36,10 @@ def encode_hidden(
     wide_TD = hidden_TD.float()
     scale_T = wide_TD.abs().amax(-1) / 127
     scale_T1 = scale_T[:, None]
-    # So small a row that its scale is 0 is stored as zeros.
-    steps_TD = torch.where(scale_T1 > 0, wide_TD / torch.where(scale_T1 > 0, scale_T1, 1.0), 0.0).round_()
-    return steps_TD.to(torch.int8).cpu().numpy(), scale_T.cpu().numpy()
+    # So small a row that its scale is 0 is stored as zeros; where the scale is subnormal, and so coarse, the largest
+    # value can be more than 127 steps.
+    steps_TD = torch.where(scale_T1 > 0, wide_TD / torch.where(scale_T1 > 0, scale_T1, 1.0), 0.0)
+    return steps_TD.round_().clamp_(-127, 127).to(torch.int8).cpu().numpy(), scale_T.cpu().numpy()
 
 
 def bfloat16_bits(values: Tensor) -> NDArray[np.uint16]:

@@ -15,15 +15,19 @@ import fcntl
 import hashlib
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from tailcache.storage.errors import CorruptError, MismatchError, StorageError
+from tailcache.storage.errors import CorruptError, MismatchError, StorageError, TailcacheError
 
 __all__ = [
     "TEMPORARY",
+    "create_file",
     "lock_folder",
     "make_folder",
+    "move_file",
+    "named",
     "promote_folder",
     "read_checked",
     "remove_tree",
@@ -53,11 +57,20 @@ def read_checked(path: Path, expected: str | None) -> bytes:
 
 
 @contextlib.contextmanager
-def _named(path: Path, doing: str) -> Iterator[None]:
+def named(path: Path, doing: str, *, may_miss: bool = False) -> Iterator[None]:
+    """Turn the operating system's errors into ``StorageError`` with the file and a remedy.
+
+    Args:
+      path: what the error is about.
+      doing: what was tried, as in "writing".
+      may_miss: leave the error of a missing file as it is.
+    """
     try:
         yield
     except OSError as error:
-        if isinstance(error, StorageError):
+        if isinstance(error, TailcacheError) or (
+            may_miss and isinstance(error, FileNotFoundError | NotADirectoryError)
+        ):
             raise
         remedy = {
             errno.ENOSPC: "free some space and run the same command again; what is committed stays good",
@@ -79,7 +92,7 @@ def _sync_folder(folder: Path) -> None:
 
 def make_folder(folder: Path) -> None:
     """Create a folder and its parents durably; fine if it exists."""
-    with _named(folder, "creating the folder"):
+    with named(folder, "creating the folder"):
         missing = []
         while not folder.is_dir():
             missing.append(folder)
@@ -100,7 +113,7 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
       StorageError: the disk is full, read-only or failing (also an ``OSError`` with the original ``errno``).
     """
     temporary = path.with_name(path.name + TEMPORARY)
-    with _named(path, "writing"):
+    with named(path, "writing"):
         try:
             with open(temporary, "wb") as file:
                 file.write(data)
@@ -114,9 +127,43 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
         _sync_folder(path.parent)
 
 
+def create_file(path: Path, data: bytes | memoryview) -> bool:
+    """Write a file as ``write_file`` does, if there is none of that name.
+
+    Returns:
+      Whether it was written; False where there was one already, which is left as it is.
+
+    Raises:
+      StorageError: the disk is full, read-only or failing.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}{TEMPORARY}")
+    with named(path, "writing"):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+    return True
+
+
+def move_file(path: Path, to: Path) -> None:
+    """Give a file another name on the same device, durably, replacing what is there."""
+    with named(path, "renaming", may_miss=True):
+        os.replace(path, to)
+        _sync_folder(to.parent)
+        _sync_folder(path.parent)
+
+
 def promote_folder(temporary: Path, final: Path) -> None:
     """Give a finished temporary folder its final name, durably. Its files must already be on the device."""
-    with _named(final, "renaming the finished folder"):
+    with named(final, "renaming the finished folder"):
         for folder, _, _ in os.walk(temporary):
             _sync_folder(Path(folder))
         os.rename(temporary, final)
@@ -130,7 +177,7 @@ def lock_folder(folder: Path) -> int:
       MismatchError: another process is writing there.
       StorageError: the folder cannot be opened.
     """
-    with _named(folder, "opening"):
+    with named(folder, "opening"):
         descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -146,7 +193,7 @@ def lock_folder(folder: Path) -> int:
 
 def remove_tree(path: Path) -> None:
     """Delete a file or a folder with all it holds; fine if it is not there."""
-    with _named(path, "deleting"):
+    with named(path, "deleting"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -155,7 +202,7 @@ def remove_tree(path: Path) -> None:
 
 def sweep_temporary(folder: Path) -> None:
     """Delete what a process that died left half-written below a folder."""
-    with _named(folder, "sweeping temporary files"):
+    with named(folder, "sweeping temporary files"):
         for parent, _, files in os.walk(folder):
             for name in files:
                 if name.endswith(TEMPORARY):

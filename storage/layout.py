@@ -36,10 +36,19 @@ from tailcache.storage.codec import SCALARS, Codec
 from tailcache.storage.errors import ConfigError, FormatError
 from tailcache.storage.hidden import HiddenLayout
 
-__all__ = ["TARGETS_FORMAT", "TARGETS_VERSION", "Layout", "check_name", "check_temperatures", "commit_path"]
+__all__ = [
+    "READABLE_VERSIONS",
+    "TARGETS_FORMAT",
+    "TARGETS_VERSION",
+    "Layout",
+    "check_name",
+    "check_temperatures",
+    "commit_path",
+]
 
 TARGETS_FORMAT = "tailcache targets"
 TARGETS_VERSION = 1
+READABLE_VERSIONS = (1,)
 _CONSTANT_SHARD, _CONSTANT_CHUNK = 1 << 22, 1 << 16
 _NOISE_LEVEL = 1  # of the compressor, for what is nearly noise: more would cost time and save nothing
 _SIZES = (
@@ -69,6 +78,8 @@ class Layout:
     """Further temperatures of ``log_z_tail``, a column each; without any there is no such array."""
     hidden: HiddenLayout | None = None
     """How hidden states are stored; none where they are not."""
+    format_version: int = TARGETS_VERSION
+    """Of the targets; new captures have the newest."""
 
     @property
     def num_shards(self) -> int:
@@ -86,7 +97,7 @@ class Layout:
         if self.hidden is not None:
             optional["hidden"] = self.hidden.attributes()
         sizes = {name: getattr(self, name) for name in _SIZES}
-        return {"format": TARGETS_FORMAT, "format_version": TARGETS_VERSION, **sizes, **optional}
+        return {"format": TARGETS_FORMAT, "format_version": self.format_version, **sizes, **optional}
 
     @staticmethod
     def from_attributes(attributes: dict[str, Any], where: str) -> Layout:
@@ -97,10 +108,12 @@ class Layout:
         """
         if attributes.get("format") != TARGETS_FORMAT:
             raise FormatError(f"{where}: expected {TARGETS_FORMAT!r}, found {attributes.get('format')!r}")
-        if attributes.get("format_version") != TARGETS_VERSION:
+        version = attributes.get("format_version")
+        if version not in READABLE_VERSIONS:
+            known = " or ".join(map(str, READABLE_VERSIONS))
             raise FormatError(
-                f"{where}: expected format version {TARGETS_VERSION}, found {attributes.get('format_version')!r}; "
-                "install the version of tailcache that wrote it"
+                f"{where}: expected format version {known}, found {version!r}; install the version of tailcache that "
+                "wrote it"
             )
         smallest = {"num_samples": 0}
         for name in _SIZES:
@@ -118,7 +131,7 @@ class Layout:
         except ValueError as error:
             raise FormatError(f"{where}: 'hidden': {error}") from None
         sizes = {name: attributes[name] for name in _SIZES}
-        layout = Layout(**sizes, temperatures=tuple(map(float, temperatures)), hidden=stored)
+        layout = Layout(**sizes, temperatures=tuple(map(float, temperatures)), hidden=stored, format_version=version)
         if layout.top_k > layout.vocab_size or layout.shard_slots % layout.chunk:
             raise FormatError(f"{where}: sizes that contradict each other: {layout}")
         return layout

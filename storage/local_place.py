@@ -1,0 +1,146 @@
+"""A place that is a folder on this machine. Writing is durable: see ``durable``."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tailcache.storage import durable
+from tailcache.storage.errors import StorageError
+from tailcache.storage.place import Claim, Place
+
+__all__ = ["LocalPlace"]
+
+
+class LocalPlace(Place):
+    """A folder.
+
+    Args:
+      folder: it need not exist; it is made when something is written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __str__(self) -> str:
+        return str(self._folder)
+
+    def __repr__(self) -> str:
+        return f"LocalPlace({str(self._folder)!r})"
+
+    def __truediv__(self, name: str) -> Place:
+        return LocalPlace(self._folder / name)
+
+    @property
+    def local(self) -> Path:
+        """The folder."""
+        return self._folder
+
+    def read(self, name: str) -> bytes:
+        """A whole file."""
+        path = self._folder / name
+        with durable.named(path, "reading", may_miss=True), open(path, "rb") as file:
+            return file.read()
+
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Some byte ranges of a file."""
+        path = self._folder / name
+        with durable.named(path, "reading", may_miss=True):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                return [os.pread(descriptor, last - first, first) for first, last in ranges]
+            finally:
+                os.close(descriptor)
+
+    def read_end(self, name: str, count: int) -> tuple[bytes, int]:
+        """The last bytes of a file, and its size."""
+        path = self._folder / name
+        with durable.named(path, "reading", may_miss=True):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                size = os.fstat(descriptor).st_size
+                return os.pread(descriptor, count, max(0, size - count)), size
+            finally:
+                os.close(descriptor)
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file."""
+        path = self._folder / name
+        try:
+            with durable.named(path, "looking at", may_miss=True):
+                return path.stat().st_size if path.is_file() else None
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def write(self, name: str, data: bytes | memoryview) -> None:
+        """Write a file whole and durably."""
+        durable.make_folder((self._folder / name).parent)
+        durable.write_file(self._folder / name, data)
+
+    def create(self, name: str, data: bytes | memoryview) -> bool:
+        """Write a file if there is none: linked into place, which fails where the name is taken."""
+        durable.make_folder((self._folder / name).parent)
+        return durable.create_file(self._folder / name, data)
+
+    def files(self, below: str = "") -> Iterator[tuple[str, int]]:
+        """Names and sizes of all files below a folder; also of links, which a cache never has."""
+        top = self._folder / below
+        for path in sorted(p for p in top.rglob("*") if p.is_symlink() or p.is_file()):
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                yield path.relative_to(self._folder).as_posix(), path.lstat().st_size
+
+    def folders(self, below: str = "") -> list[str]:
+        """Names of the folders directly in a folder."""
+        top = self._folder / below
+        return sorted(p.name for p in top.iterdir() if p.is_dir()) if top.is_dir() else []
+
+    def delete(self, name: str) -> None:
+        """Delete a file."""
+        durable.remove_tree(self._folder / name)
+
+    def delete_all(self, below: str = "") -> None:
+        """Delete a folder with all it holds."""
+        durable.remove_tree(self._folder / below if below else self._folder)
+
+    def move(self, name: str, to: str) -> None:
+        """Rename a file, durably."""
+        durable.make_folder((self._folder / to).parent)
+        durable.move_file(self._folder / name, self._folder / to)
+
+    def claim(self, name: str) -> Claim | None:
+        """Lock a file of that name; the system takes the lock back when the process dies."""
+        path = self._folder / name
+        durable.make_folder(path.parent)
+        while True:
+            with durable.named(path, "opening"):
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                same = os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path))
+            except BlockingIOError:
+                os.close(descriptor)
+                return None
+            except FileNotFoundError:  # deleted between the two looks
+                same = False
+            except OSError as error:
+                os.close(descriptor)
+                raise StorageError(error.errno, f"{path}: the file system has no locks: {error.strerror}") from error
+            if same:
+                return _Lock(path, descriptor)
+            os.close(descriptor)  # whoever had it deleted the file on releasing it: lock the new one
+
+
+class _Lock:
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self._path, self._descriptor = path, descriptor
+
+    def release(self) -> None:
+        """Delete the file, then unlock it, so that nobody can hold a lock on a file that is gone."""
+        if self._descriptor >= 0:
+            with contextlib.suppress(OSError):
+                self._path.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = -1
