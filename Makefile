@@ -1,11 +1,13 @@
 # Two commands on a fresh machine: `make quickstart` and `make test`. Both make and reuse .venv by themselves.
 #
 #   PYTHON=python3.12 make …     another Python (3.11 or later)
+#   TEST_PROCESSES=8 make test        tests in more processes than two
 #   PIP_ARGS="--index-url …" make …   options for pip, for instance an index with PyTorch's smaller CPU builds
 
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
+TEST_PROCESSES ?= 2
 RUN := $(VENV)/bin/python
 # On a CPU, training gives and takes gigabytes at every step; keeping them saves glibc the page faults.
 QUIET_MALLOC := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736
@@ -18,10 +20,10 @@ quickstart: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	@echo "== tests: the whole suite, warnings are errors"
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
 test-fast: $(VENV)/.ready
-	$(RUN) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_PROCESSES) --dist worksteal -m "not slow"
 
 lint: $(VENV)/.ready
 	$(RUN) -m ruff check .
