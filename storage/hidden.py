@@ -11,7 +11,7 @@ Legend: T positions, V vocabulary, D hidden width.
 
 from __future__ import annotations
 
-import math
+import reprlib
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -24,6 +24,7 @@ HiddenKind = Literal["bf16", "int8"]
 HeadKind = Literal["float32", "bfloat16", "float16"]
 StoredHidden = NDArray[np.uint16] | NDArray[np.int8]
 _VOCABULARY_BLOCK = 4096
+_LARGEST = 1e38  # of a scale or a cap, so that it is a float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,21 +110,25 @@ class HiddenLayout:
           ValueError: what is wrong with them.
         """
         if not isinstance(attributes, dict):
-            raise ValueError(f"expected an object, found {attributes!r}")
+            raise ValueError(f"expected an object, found {reprlib.repr(attributes)}")
         names = ("kind", "width", "head_kind", "head_bias", "logit_scale", "soft_cap")
         found: dict[str, Any] = {name: attributes.get(name) for name in names}
         width, scale, cap = found["width"], found["logit_scale"], found["soft_cap"]
-        good = {
-            "kind": found["kind"] in get_args(HiddenKind),
-            "width": type(width) is int and 1 <= width < 1 << 31,
-            "head_kind": found["head_kind"] in get_args(HeadKind),
-            "head_bias": type(found["head_bias"]) is bool,
-            "logit_scale": type(scale) in (int, float) and math.isfinite(scale),
-            "soft_cap": cap is None or (type(cap) in (int, float) and 0 < cap < math.inf),
+        number = f"a number of magnitude below {_LARGEST:g}"
+        rules = {
+            "kind": (found["kind"] in get_args(HiddenKind), f"one of {', '.join(get_args(HiddenKind))}"),
+            "width": (type(width) is int and 1 <= width < 1 << 31, "a whole number from 1"),
+            "head_kind": (found["head_kind"] in get_args(HeadKind), f"one of {', '.join(get_args(HeadKind))}"),
+            "head_bias": (type(found["head_bias"]) is bool, "true or false"),
+            "logit_scale": (type(scale) in (int, float) and abs(scale) < _LARGEST, number),
+            "soft_cap": (
+                cap is None or (type(cap) in (int, float) and 0 < cap < _LARGEST),
+                f"null, or {number}, above 0",
+            ),
         }
-        for name in names:
-            if not good[name]:
-                raise ValueError(f"{name}: found {found[name]!r}")
+        for name, (good, expected) in rules.items():
+            if not good:
+                raise ValueError(f"{name}: expected {expected}, found {reprlib.repr(found[name])}")
         return HiddenLayout(**found)
 
 

@@ -3,6 +3,9 @@
 A sealed record has exactly one byte representation: keys sorted, one space of indentation, a newline at the
 end, and a ``sha256`` over everything else. Opening one checks the hash and that the bytes are the canonical
 ones, so that any flipped byte in the file, white space and the hash itself included, is found.
+
+A record may come from anywhere: how large it is, how many values it may hold and how deep they may lie is limited
+before anything is built from it.
 """
 
 from __future__ import annotations
@@ -13,9 +16,14 @@ from typing import Any
 from tailcache.storage.durable import sha256
 from tailcache.storage.errors import CorruptError
 
-__all__ = ["canonical", "seal", "unseal"]
+__all__ = ["MAX_BYTES", "MAX_DEPTH", "MAX_VALUES", "canonical", "parse_json", "seal", "unseal"]
 
-_MAX_BYTES = 64 << 20
+MAX_BYTES = 64 << 20
+"""Of any record."""
+MAX_VALUES = 2 << 20
+"""Values of a record, as counted by the characters that may separate or open them: some 600 MB as Python objects."""
+MAX_DEPTH = 64
+"""Objects and arrays within each other."""
 
 
 def canonical(record: Any) -> bytes:
@@ -28,34 +36,85 @@ def seal(record: dict[str, Any]) -> bytes:
     """Bytes of a record with the checksum of its content."""
     if "sha256" in record:
         raise ValueError("a record to be sealed may not have a key 'sha256': it is the seal's own")
-    return canonical({**record, "sha256": sha256(canonical(record))})
+    data = _with_seal(record, body := canonical(record), sha256(body))
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"a record to be sealed may have at most {MAX_BYTES} bytes, found {len(data)}")
+    return data
 
 
-def unseal(data: bytes, where: str) -> dict[str, Any]:
+def parse_json(data: bytes, where: str, *, limit: int = MAX_BYTES) -> dict[str, Any]:
+    """A JSON object of bounded size, number of values and depth.
+
+    Args:
+      data: the file's bytes.
+      where: how to call the file in an error.
+      limit: bytes at most.
+
+    Raises:
+      CorruptError: it is larger, or no JSON object.
+    """
+    if len(data) > limit:
+        raise CorruptError(f"{where}: expected a record of at most {limit} bytes, found {len(data)}")
+    values = data.count(b",") + data.count(b"[") + data.count(b"{")
+    if values > MAX_VALUES:
+        raise CorruptError(f"{where}: expected a record of at most {MAX_VALUES} values, found {values}")
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"{where}: expected a JSON record, found something else ({error})") from error
+    if not isinstance(record, dict):
+        raise CorruptError(f"{where}: expected a JSON object, found {type(record).__name__}")
+    if _depth_exceeds(record, MAX_DEPTH):
+        raise CorruptError(f"{where}: expected at most {MAX_DEPTH} objects and arrays within each other, found more")
+    return record
+
+
+def unseal(data: bytes, where: str, *, limit: int = MAX_BYTES) -> dict[str, Any]:
     """Check a sealed record and give back its content.
 
     Args:
       data: the file's bytes.
       where: how to call the file in an error.
+      limit: bytes at most.
 
     Raises:
-      CorruptError: not JSON, not canonical, or another checksum than the one it carries.
+      CorruptError: too large, not JSON, not canonical, or another checksum than the one it carries.
     """
-    if len(data) > _MAX_BYTES:
-        raise CorruptError(f"{where}: expected a record of at most {_MAX_BYTES} bytes, found {len(data)}")
-    try:
-        record = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise CorruptError(f"{where}: expected a JSON record, found something else ({error})") from error
-    if not isinstance(record, dict) or not isinstance(record.get("sha256"), str):
+    record = parse_json(data, where, limit=limit)
+    if not isinstance(record.get("sha256"), str):
         raise CorruptError(f"{where}: expected a JSON object with its own 'sha256'")
     stored = record.pop("sha256")
     try:
-        computed, expected_bytes = sha256(canonical(record)), seal(record)
-    except (ValueError, RecursionError) as error:
+        body = canonical(record)
+    except ValueError as error:
         raise CorruptError(f"{where}: expected a canonical JSON record ({error})") from error
+    computed = sha256(body)
     if stored != computed:
-        raise CorruptError(f"{where}: its checksum does not match: stored {stored}, computed {computed}")
-    if data != expected_bytes:
+        raise CorruptError(f"{where}: its checksum does not match: stored {stored[:64]!r}, computed {computed!r}")
+    if data != _with_seal(record, body, stored):
         raise CorruptError(f"{where}: same content, but not the bytes that were written")
     return record
+
+
+def _with_seal(record: dict[str, Any], body: bytes, digest: str) -> bytes:
+    """The canonical bytes of a record and its seal, from those without it: encoding is what takes the time."""
+    line = f' "sha256": "{digest}"'.encode()
+    behind = [key for key in record if key > "sha256"]
+    if behind:  # only keys of the record itself stand behind exactly one space
+        mark = b"\n " + json.dumps(min(behind), ensure_ascii=False).encode() + b":"
+        return body.replace(mark, b"\n" + line + b"," + mark, 1)
+    return body[:-3] + b",\n" + line + body[-3:] if record else b"{\n" + line + b"\n}\n"
+
+
+def _depth_exceeds(record: dict[str, Any], limit: int) -> bool:
+    level: list[Any] = [record]
+    for _ in range(limit):
+        level = [
+            value
+            for holder in level
+            for value in (holder.values() if isinstance(holder, dict) else holder)
+            if isinstance(value, dict | list)
+        ]
+        if not level:
+            return False
+    return True
