@@ -14,21 +14,18 @@ squared error of a position goes as r²/m_t, so a given number of different draw
 to r: optimal allocation (Neyman, "On the two different aspects of the representative method", Journal of the Royal
 Statistical Society 97, 1934).
 
-The uniform numbers come from a counter-based generator: the finaliser of SplitMix64 (Steele, Lea, Flood, "Fast
-splittable pseudorandom number generators", OOPSLA 2014) over a key and a counter. Any position's draws can be made
-again without the others, and those of different positions are independent.
+The uniform numbers come from a counter-based generator (``storage.uniforms``): any position's draws can be made again
+without the others, and those of different positions are independent.
 
 Legend: T positions, m stored draws per position, m_t <= m different ones.
 """
 
 from __future__ import annotations
 
-import hashlib
-
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+
+from tailcache.storage.uniforms import draw_key, uniforms
 
 __all__ = ["FULL_TAIL", "SAMPLING", "draw_key", "num_distinct", "thinned_points", "uniforms"]
 
@@ -40,35 +37,6 @@ FULL_TAIL = 0.25
 That ratio is what decides error and bytes as long as few positions exceed FULL_TAIL; those that do get fewer draws than
 their mass is worth. Much lower, and the draws would be as many almost everywhere, as if they were not thinned; much
 higher, and most of the m would be repeats almost everywhere. Part of a capture's settings."""
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def draw_key(corpus_hash: str, seed: int) -> int:
-    """A 64-bit key for one corpus and one seed; another seed gives numbers independent of these."""
-    return int.from_bytes(hashlib.sha256(f"{corpus_hash}:{seed}".encode()).digest()[:8], "little")
-
-
-def uniforms(key: int, positions: NDArray[np.int64]) -> NDArray[np.float64]:
-    """One uniform number for each position, independent of all others.
-
-    Args:
-      key: from ``draw_key``.
-      positions: [T] int64, which positions, counted over the whole corpus.
-
-    Returns:
-      [T] float64 in [0, 1), multiples of 2^-53.
-    """
-    with np.errstate(over="ignore"):
-        counters = np.multiply(positions.astype(np.uint64), _GOLDEN, dtype=np.uint64)
-        keyed = np.add(counters, np.uint64(key), dtype=np.uint64)
-        mixed = _mix(np.add(_mix(keyed), _GOLDEN, dtype=np.uint64))
-    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def num_distinct(tail_mass_T: Tensor, num: int) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -33,11 +34,13 @@ class Verb:
       summary: one line for the list of verbs.
       config: "module:Class" of its settings; the module is light to import.
       module: the module with ``run(config)``; imported when the settings are known to be right.
+      positional: settings that may also be given without their flags, first and in this order.
     """
 
     summary: str
     config: str
     module: str
+    positional: tuple[str, ...] = ()
 
 
 VERBS = {
@@ -60,6 +63,12 @@ VERBS = {
         "compare teachers from their caches alone",
         "tailcache.pipeline.config:CompareConfig",
         "tailcache.scripts.compare",
+    ),
+    "export": Verb(
+        "write a teacher's targets as Parquet or a datasets folder",
+        "tailcache.pipeline.export_config:ExportConfig",
+        "tailcache.scripts.export",
+        ("cache",),
     ),
     "verify": Verb(
         "read every byte of a cache and list all faults",
@@ -150,7 +159,7 @@ def _parse(name: str, rest: Sequence[str]) -> Any:
     """
     module, _, class_name = VERBS[name].config.partition(":")
     config_class = getattr(importlib.import_module(module), class_name)
-    flags, file = _split_config(rest)
+    flags, file = _split_config(_flagged(rest, VERBS[name].positional))
     default = None
     if file is not None:
         import tyro
@@ -161,6 +170,13 @@ def _parse(name: str, rest: Sequence[str]) -> Any:
         "--config FILE reads these settings from a YAML file; flags are stronger than the file."
     )
     return parse_flags(config_class, flags, prog=f"tailcache {name}", description=description, default=default)
+
+
+def _flagged(rest: Sequence[str], positional: tuple[str, ...]) -> list[str]:
+    """Give what stands before the first flag its flags."""
+    given = list(itertools.takewhile(lambda argument: not argument.startswith("-"), rest))
+    named = [part for name, value in zip(positional, given, strict=False) for part in (f"--{name}", value)]
+    return [*named, *rest[min(len(given), len(positional)) :]]
 
 
 def _split_config(rest: Sequence[str]) -> tuple[list[str], Path | None]:
