@@ -1,0 +1,169 @@
+"""Blocks of rows with their targets, read together and cut into batches by array operations, never row by row.
+
+Legend: R rows, N tokens, T target positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tailcache.storage.codec import Targets
+from tailcache.storage.corpus import Rows
+from tailcache.storage.errors import MismatchError
+from tailcache.storage.shares import Stage
+
+if TYPE_CHECKING:
+    from tailcache.storage.reader import Teacher
+
+__all__ = ["Block", "gather", "read_block", "walk"]
+
+_MAX_GAP_ROWS = 8  # rows read along rather than starting another read
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Some rows and the targets of all their target positions."""
+
+    rows: Rows
+    targets: Targets
+    target_offsets: NDArray[np.int64]
+    """[R + 1] into the targets: those of row ``i`` are ``targets[target_offsets[i]:target_offsets[i + 1]]``."""
+    chosen: NDArray[np.int64]
+    """Which of the rows were asked for; others between them may have been read along."""
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def without_targets(self) -> Block:
+        """The same tokens with nothing to be predicted, as no row of the corpus."""
+        silent = replace(
+            self.rows,
+            row_indices=np.full_like(self.rows.row_indices, -1),
+            supervised=np.zeros_like(self.rows.supervised),
+        )
+        return replace(self, rows=silent, targets=self.targets[:0], target_offsets=np.zeros_like(self.target_offsets))
+
+
+def read_block(teacher: Teacher, rows: NDArray[np.int64], *, optional: Collection[str] = ()) -> Block:
+    """Read some rows, neighbours together.
+
+    Args:
+      teacher: an open teacher.
+      rows: [R] ascending. What lies between two of them is read along, unless it is much.
+      optional: which optional fields to read.
+
+    Raises:
+      MismatchError: there are not as many targets as supervised positions.
+      NotFoundError, CorruptError: as for ``Teacher.rows``.
+    """
+    parts = []
+    for run in np.split(rows, np.flatnonzero(np.diff(rows) > _MAX_GAP_ROWS) + 1):
+        first, last = int(run[0]), int(run[-1]) + 1
+        read, targets = teacher.corpus.rows(first, last), teacher.rows(first, last, optional=optional)
+        offsets = np.concatenate([[0], np.cumsum(read.supervised)])[read.offsets].astype(np.int64)
+        if len(targets) != offsets[-1]:
+            raise MismatchError(
+                f"teacher {teacher.name!r}, rows {first} to {last - 1}: expected {offsets[-1]} targets, one per "
+                f"supervised position of the corpus, found {len(targets)}; run `tailcache verify`"
+            )
+        parts.append(Block(rows=read, targets=targets, target_offsets=offsets, chosen=run - first))
+    return parts[0] if len(parts) == 1 else _join([(part, part.chosen) for part in parts])
+
+
+def gather(held: Mapping[int, Block], visits: NDArray[np.int64], places: NDArray[np.int64]) -> Block:
+    """Some rows of several blocks, in the order asked for.
+
+    Args:
+      held: blocks by their visit.
+      visits: [R] which block each row is from; rows of one block should be together, each such run is one copy.
+      places: [R] which row of its block.
+    """
+    runs = np.split(np.arange(len(visits)), np.flatnonzero(np.diff(visits)) + 1)
+    blocks = [held[int(visits[run[0]])] for run in runs]
+    return _join([(block, block.chosen[places[run]]) for block, run in zip(blocks, runs, strict=True)])
+
+
+def _spans(offsets: NDArray[np.int64], places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The indices of all elements of some rows, and how many each has."""
+    starts, lengths = offsets[places], offsets[places + 1] - offsets[places]
+    shift = starts - (np.cumsum(lengths) - lengths)
+    return np.repeat(shift, lengths) + np.arange(int(lengths.sum())), lengths
+
+
+def _join(pairs: list[tuple[Block, NDArray[np.int64]]]) -> Block:
+    """Some rows of each block, by their indices in it, after one another; one copy."""
+    tokens = [_spans(block.rows.offsets, places) for block, places in pairs]
+    targets = [_spans(block.target_offsets, places) for block, places in pairs]
+
+    def collect(of: Callable[[Block], NDArray[Any]], indices: list[NDArray[np.int64]]) -> NDArray[Any]:
+        first = of(pairs[0][0])
+        out = np.empty((sum(map(len, indices)), *first.shape[1:]), first.dtype)
+        done = 0
+        for (block, _), index in zip(pairs, indices, strict=True):
+            np.take(of(block), index, axis=0, out=out[done : done + len(index)], mode="clip")
+            done += len(index)
+        return out
+
+    def offsets(lengths: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+        return np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
+
+    by_row = [places for _, places in pairs]
+    by_token, by_target = [index for index, _ in tokens], [index for index, _ in targets]
+    rows = Rows(
+        row_indices=collect(lambda block: block.rows.row_indices, by_row),
+        offsets=offsets([lengths for _, lengths in tokens]),
+        tokens=collect(lambda block: block.rows.tokens, by_token),
+        document_start=collect(lambda block: block.rows.document_start, by_token),
+        supervised=collect(lambda block: block.rows.supervised, by_token),
+        held_out=collect(lambda block: block.rows.held_out, by_row),
+    )
+
+    def field(name: str) -> NDArray[Any]:
+        return collect(lambda block: getattr(block.targets, name), by_target)
+
+    return Block(
+        rows=rows,
+        targets=Targets(**{each.name: field(each.name) for each in fields(Targets)}),
+        target_offsets=offsets([lengths for _, lengths in targets]),
+        chosen=np.arange(len(rows)),
+    )
+
+
+def walk(
+    stages: Iterator[Stage],
+    announce: Callable[[list[int]], None],
+    get: Callable[[int], Block],
+    keep_up: Callable[[float], None] = lambda _: None,
+) -> Iterator[tuple[Block, int]]:
+    """Go through the steps of a process, holding the blocks that they need, and having the next ones read meanwhile.
+
+    Args:
+      stages: of ``shares``.
+      announce: is told the visits that will be asked for, before they are, in that order, each once.
+      get: a block that was announced; each is asked for once, in the order they were announced in.
+      keep_up: is told after each step what part of its stage is done.
+
+    Yields:
+      The rows of each step, and how many rows of the order have been taken then.
+
+    Space: the blocks of two stages.
+    """
+    held: dict[int, Block] = {}
+    current = next(stages, None)
+    if current is not None:
+        announce(current.needs.tolist())
+    while current is not None:
+        following = next(stages, None)
+        if following is not None:
+            announce(np.setdiff1d(following.needs, current.needs).tolist())
+        held = {visit: held[visit] if visit in held else get(visit) for visit in current.needs.tolist()}
+        for i, (visits, places) in enumerate(zip(current.visits, current.places, strict=True)):
+            block = gather(held, visits, places)
+            yield (block.without_targets() if current.filler else block), current.ends[i]
+            keep_up((i + 1) / len(current.ends))
+        current = following

@@ -1,0 +1,440 @@
+"""A torch ``DataLoader`` over a cache: shuffled rows with their targets, for any number of processes.
+
+    loader = CacheLoader(cache.teacher("a"), batch_rows=8, seed=0, num_workers=2, pin_memory=True)
+    for batch in loader:                    # one epoch; the next loop is the next epoch, in another order
+        ...
+        state = loader.state_dict()         # at any step; load_state_dict goes on after the last batch that was taken
+
+**One order.** An epoch's order of rows (``storage.order``) is decided by seed and epoch alone. A step of all processes
+together takes the next rows of it, so the state is one number, the same on every process, and a run can go on from it
+with any number of processes and workers, and any batch size: every row is seen exactly once per epoch. Rows that are
+held out are not in it.
+
+**Who reads.** Without workers, threads of this process read and decode the next window of blocks while the present one
+is consumed. With workers, each of them reads every n-th block of those that this process needs and hands it over in
+shared memory. In both cases batches are cut out of the window here, by a thread that is a few batches ahead.
+
+**accelerate.** The loader gives each process its own rows already. It says so by the mark that accelerate leaves on
+loaders it has prepared, so ``Accelerator.prepare`` returns it as it is and shards nothing again; batches are to be
+moved to the device by the caller (``Trainer`` does).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from tailcache.storage.blocks import Block, read_block, walk
+from tailcache.storage.codec import OPTIONAL
+from tailcache.storage.errors import ConfigError, MismatchError
+from tailcache.storage.order import EpochOrder
+from tailcache.storage.reader import open_cache
+from tailcache.storage.shares import Ends, Stage, num_steps, shares
+from tailcache.trainers.ahead import ahead
+from tailcache.trainers.parcels import Parcel, pack, shared, unpack
+
+if TYPE_CHECKING:
+    from tailcache.storage.reader import Teacher
+
+__all__ = ["CacheLoader", "as_tensors", "loader_block_rows"]
+
+BLOCK_POSITIONS = 32_768
+"""Four inner chunks of the store: a block's ends cut chunks that are decoded again with its neighbours."""
+WINDOW_BLOCKS = 8
+_STATE_VERSION = 1
+_READ_THREADS = 2
+_BATCHES_AHEAD = 2
+
+
+def loader_block_rows(teacher: Teacher) -> int:
+    """Rows read together. It depends on the corpus alone, so that every teacher gives one order of rows."""
+    return max(1, round(BLOCK_POSITIONS * teacher.corpus.num_rows / max(1, teacher.corpus.num_targets)))
+
+
+def as_tensors(block: Block) -> dict[str, torch.Tensor]:
+    """The default batch: R rows with their N tokens and T target positions, as tensors, without a copy.
+
+    Returns:
+      row_indices [R] (-1 for a row that stands in for none and has no targets), offsets [R + 1] into the tokens and
+      target_offsets [R + 1] into the targets; tokens, document_start and supervised [N]; and the fields of ``Targets``,
+      [T, ...], the optional ones where they were read.
+    """
+    arrays = {**vars(block.rows), **vars(block.targets), "target_offsets": block.target_offsets}
+    absent = {name for name in OPTIONAL if arrays[name].shape[1] == 0}
+    absent |= {"held_out"} | ({"hidden_scale"} if "hidden" in absent else set())
+    return {name: torch.from_numpy(values) for name, values in arrays.items() if name not in absent}
+
+
+class CacheLoader(DataLoader[Any]):
+    """Batches of one process, in the order that seed and epoch determine; see the module.
+
+    Attributes:
+      epoch: of the next (or present) iteration.
+      num_rows: rows of an epoch, over all processes.
+      waited_s: seconds that the consumer has waited for batches so far.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        *,
+        batch_rows: int,
+        seed: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+        rows: NDArray[np.int64] | None = None,
+        split: Literal["train", "held-out"] = "train",
+        optional: Collection[str] = (),
+        collate: Callable[[Block], Any] = as_tensors,
+        ends: Ends = "even",
+        window_blocks: int = WINDOW_BLOCKS,
+        block_rows: int | None = None,
+        order_version: int = 2,
+        num_workers: int = 0,
+        prefetch_factor: int | None = None,
+        persistent_workers: bool = False,
+        multiprocessing_context: Any = None,
+        pin_memory: bool = False,
+    ) -> None:
+        """Nothing is read yet.
+
+        Args:
+          teacher: an open teacher of a cache.
+          batch_rows: rows of a batch.
+          seed: decides the order, with the epoch.
+          rank: which process this is; by default as ``torch.distributed`` says, else the only one.
+          world_size: how many there are; likewise.
+          rows: corpus rows to visit; by default all of the split.
+          split: what the rows must belong to, so that held-out rows never appear in training.
+          optional: the optional fields of the cache that are wanted (``log_z_tail``, ``hidden``).
+          collate: makes a batch of rows; called in a thread of this process.
+          ends: what becomes of the rows that do not fill a last step of all processes. "even": they are shared out, and
+            a process for which there is none left gets a row without any target, so that all make equally many steps
+            and every row counts once. "short": there is no such step, so processes may differ by one. "drop": nobody
+            sees these rows.
+          window_blocks: blocks that are mixed with one another; held in memory twice, the present ones and the next.
+          block_rows: rows of a block; by default as many as have about 32,768 target positions.
+          order_version: of ``EpochOrder``.
+          num_workers: processes that read; without any, threads of this one do.
+          prefetch_factor: blocks that each worker is ahead.
+          persistent_workers: keep the workers for the next epoch.
+          multiprocessing_context: how workers begin; by default as is usual for the platform.
+          pin_memory: put batches into page-locked memory, where there is a GPU.
+
+        Raises:
+          ConfigError: a number that makes no sense, or a row outside the split.
+        """
+        if rank is None or world_size is None:
+            joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+            rank = (torch.distributed.get_rank() if joined else 0) if rank is None else rank
+            world_size = (torch.distributed.get_world_size() if joined else 1) if world_size is None else world_size
+        if batch_rows < 1 or window_blocks < 1 or not 0 <= rank < world_size or order_version not in (1, 2):
+            raise ConfigError(
+                "loader: expected batch_rows and window_blocks of at least 1, 0 <= rank < world_size and order version "
+                f"1 or 2; found {batch_rows}, {window_blocks}, rank {rank} of {world_size} and {order_version}"
+            )
+        allowed = teacher.corpus.train_rows() if split == "train" else teacher.corpus.held_out_rows()
+        chosen = allowed if rows is None else np.unique(np.asarray(rows, dtype=np.int64))
+        if (outside := np.setdiff1d(chosen, allowed)).size:
+            raise ConfigError(
+                f"loader: expected rows of the {split} split, found {len(outside)} that are not, first {outside[0]}"
+            )
+        self.teacher, self.collate = teacher, collate
+        self.num_rows, self.epoch, self.waited_s = len(chosen), 0, 0.0
+        self._share = _Share(
+            num_rows=len(chosen),
+            block_rows=block_rows or loader_block_rows(teacher),
+            window_blocks=window_blocks,
+            seed=int(seed),
+            version=order_version,
+            batch_rows=batch_rows,
+            rank=rank,
+            world_size=world_size,
+            ends=ends,
+        )
+        self._rows_hash = hashlib.sha256(chosen.astype("<i8").tobytes()).hexdigest()
+        self._start = self._taken = 0  # rows of the order, by all processes together
+        self._pin = pin_memory and torch.cuda.is_available()
+        self._blocks = _Blocks(teacher, chosen, tuple(optional), self._share)
+        super().__init__(
+            self._blocks,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=num_workers,
+            prefetch_factor=prefetch_factor,
+            persistent_workers=persistent_workers,
+            multiprocessing_context=multiprocessing_context,
+            generator=torch.Generator(),  # so that a run's own random numbers do not depend on workers
+        )
+        self._is_accelerate_prepared = True
+
+    def __len__(self) -> int:
+        """Steps of this process in a whole epoch."""
+        return self._share.num_steps(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next iteration is; one that was loaded with a state goes on where it was."""
+        if epoch != self.epoch:
+            self.epoch, self._start, self._taken = epoch, 0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the consumer is: after the last batch that it was given. All processes agree after equal steps."""
+        over = self._taken > 0 and self._share.is_over(self._taken)
+        return {
+            "version": _STATE_VERSION,
+            "epoch": self.epoch + over,
+            "rows_taken": 0 if over else self._taken,
+            **self._identity,
+        }
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        share = self._share
+        return {
+            "corpus_hash": self.teacher.corpus.hash,
+            "num_rows": share.num_rows,
+            "rows": self._rows_hash,
+            "seed": share.seed,
+            "block_rows": share.block_rows,
+            "window_blocks": share.window_blocks,
+            "order_version": share.version,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state: the next iteration has the rest of its epoch.
+
+        Args:
+          state: of ``state_dict``, of any process of a run with any number of them.
+
+        Raises:
+          MismatchError: it speaks of another order; names what differs.
+        """
+        expected = {"version": _STATE_VERSION, **self._identity}
+        differences = [
+            f"{name}: the state has {state.get(name)}, this loader {value}"
+            for name, value in expected.items()
+            if state.get(name) != value
+        ]
+        taken = state.get("rows_taken")
+        if not isinstance(taken, int) or not 0 <= taken <= self.num_rows:
+            differences.append(f"rows_taken: expected a number from 0 to {self.num_rows}, found {taken}")
+        if differences:
+            raise MismatchError(
+                f"loader: the state is of another order of rows. {'; '.join(differences)}. Open the same cache and ask "
+                "for the same rows, seed and blocks"
+            )
+        self.epoch, self._start, self._taken = int(state["epoch"]), int(state["rows_taken"]), int(state["rows_taken"])
+
+    def __iter__(self) -> Any:
+        """The rest of an epoch: all of it, but for what came before a state that was loaded.
+
+        Yields:
+          What ``collate`` makes of the rows of each step.
+        """
+        start, self._start = self._start, 0
+        self._taken = start
+        self._blocks.begin(self.epoch, start)
+        # Workers are started here, before there is any thread that a fork could catch at the wrong moment.
+        source = _Workers(super().__iter__()) if self.num_workers else None
+        return self._batches(self._share.stages(self.epoch, start), source)
+
+    def _batches(self, stages: Iterator[Stage], source: _Workers | None) -> Iterator[Any]:
+        steps = ahead(self._assembled(stages, source), _BATCHES_AHEAD)
+        try:
+            while True:
+                began = time.perf_counter()
+                step = next(steps, None)
+                self.waited_s += time.perf_counter() - began
+                if step is None:
+                    break
+                batch, self._taken = step
+                yield batch
+        finally:
+            steps.close()
+        self.epoch, self._taken = self.epoch + 1, 0
+
+    def _assembled(self, stages: Iterator[Stage], source: _Workers | None) -> Generator[tuple[Any, int]]:
+        reading = source or _Threads(self._blocks.read)
+        try:
+            for block, taken in walk(stages, reading.announce, reading.get, reading.keep_up):
+                batch = self.collate(block)
+                yield (_pinned(batch) if self._pin else batch), taken
+        finally:
+            reading.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Share:
+    """What one process takes of an order."""
+
+    num_rows: int
+    block_rows: int
+    window_blocks: int
+    seed: int
+    version: int
+    batch_rows: int
+    rank: int
+    world_size: int
+    ends: Ends
+
+    def order(self, epoch: int) -> EpochOrder:
+        return EpochOrder(
+            num_rows=self.num_rows,
+            block_rows=self.block_rows,
+            window_blocks=self.window_blocks,
+            seed=self.seed,
+            epoch=epoch,
+            version=self.version,
+        )
+
+    def stages(self, epoch: int, start: int) -> Iterator[Stage]:
+        return shares(
+            self.order(epoch),
+            batch_rows=self.batch_rows,
+            rank=self.rank,
+            world_size=self.world_size,
+            ends=self.ends,
+            start=start,
+        )
+
+    def is_over(self, taken: int) -> bool:
+        """Whether no process has a step left."""
+        left = self.num_rows - taken
+        return left == 0 or (self.ends == "drop" and left < self.batch_rows * self.world_size)
+
+    def num_steps(self, start: int) -> int:
+        return num_steps(
+            self.order(0),
+            batch_rows=self.batch_rows,
+            rank=self.rank,
+            world_size=self.world_size,
+            ends=self.ends,
+            start=start,
+        )
+
+
+class _Blocks(IterableDataset[Parcel]):
+    """The blocks that a process needs, in the order it asks for them: every n-th of them in each of n workers."""
+
+    def __init__(self, teacher: Teacher, rows: NDArray[np.int64], optional: tuple[str, ...], share: _Share) -> None:
+        self._teacher: Teacher | None = teacher
+        self._location, self._name, self._hash = str(teacher.corpus.path.parent), teacher.name, teacher.hash
+        self._rows, self._optional, self._share = rows, optional, share
+        self._begin = shared(torch.zeros(2, dtype=torch.int64))  # workers that persist are told through it
+        self._order = share.order(0)
+
+    def __len__(self) -> int:
+        """Rows of an epoch, over all processes."""
+        return len(self._rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_teacher": None}
+
+    def begin(self, epoch: int, start: int) -> None:
+        """Say where the next iteration begins."""
+        self._begin.copy_(torch.tensor([epoch, start]))
+        self._order = self._share.order(epoch)
+
+    def read(self, visit: int) -> Block:
+        assert self._teacher is not None
+        return read_block(self._teacher, self._rows[self._order.block(visit)], optional=self._optional)
+
+    def __iter__(self) -> Iterator[Parcel]:
+        worker = get_worker_info()
+        number, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        if worker is not None or self._teacher is None:
+            self._teacher = self._opened()  # nothing of another process' files, threads and connections is used
+        epoch, start = self._begin.tolist()
+        self._order = self._share.order(epoch)
+        held: set[int] = set()
+        count = 0
+        for stage in self._share.stages(epoch, start):
+            needs = stage.needs.tolist()
+            for visit in needs:
+                if visit not in held:
+                    if count % step == number:
+                        yield pack(self.read(visit))
+                    count += 1
+            held = set(needs)
+
+    def _opened(self) -> Teacher:
+        teacher = open_cache(self._location).teacher(self._name)
+        if teacher.hash != self._hash:
+            raise MismatchError(
+                f"{self._location}, teacher {self._name!r}: changed since the loader was made; make a new loader"
+            )
+        return teacher
+
+
+class _Threads:
+    """Blocks read by threads of this process."""
+
+    def __init__(self, read: Callable[[int], Block]) -> None:
+        self._read = read
+        self._pool = ThreadPoolExecutor(_READ_THREADS, "tailcache-reader")
+        self._pending: dict[int, Future[Block]] = {}
+
+    def announce(self, visits: list[int]) -> None:
+        self._pending.update((visit, self._pool.submit(self._read, visit)) for visit in visits)
+
+    def get(self, visit: int) -> Block:
+        return self._pending.pop(visit).result()
+
+    def keep_up(self, part: float) -> None:
+        """They go on by themselves."""
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Workers:
+    """Blocks that come from worker processes, in the order they were announced in."""
+
+    def __init__(self, parcels: Iterator[Parcel]) -> None:
+        self._parcels: Iterator[Parcel] | None = parcels
+        self._due: deque[int] = deque()
+        self._here: dict[int, Block] = {}
+        self._announced = 0
+
+    def announce(self, visits: list[int]) -> None:
+        self._due.extend(visits)
+        self._announced = len(visits)
+
+    def get(self, visit: int) -> Block:
+        while visit not in self._here:
+            self._take()
+        return self._here.pop(visit)
+
+    def keep_up(self, part: float) -> None:
+        """Workers stop when they are a few blocks ahead: take what they have, evenly, and not all at a window's end."""
+        while len(self._due) > max(0.0, (1 - part) * self._announced):
+            self._take()
+
+    def _take(self) -> None:
+        assert self._parcels is not None
+        self._here[self._due.popleft()] = unpack(next(self._parcels))
+
+    def close(self) -> None:
+        self._parcels = None
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _pinned(batch: Any) -> Any:
+    if isinstance(batch, dict):
+        return {name: _pinned(value) for name, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return type(batch)(map(_pinned, batch))
+    return batch.pin_memory() if hasattr(batch, "pin_memory") else batch
