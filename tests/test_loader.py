@@ -53,7 +53,8 @@ def rows_in(batches: Any) -> list[int]:
 
 
 def train_rows(teacher: Teacher) -> list[int]:
-    return teacher.corpus.train_rows().tolist()
+    rows: list[int] = teacher.corpus.train_rows().tolist()
+    return rows
 
 
 def run_of(teacher: Teacher, world_size: int, steps: int | None, state: Any = None, **settings: Any) -> Any:

@@ -21,7 +21,8 @@ orders = st.builds(
 
 
 def rows_of(order: EpochOrder, visits: NDArray[np.int64], places: NDArray[np.int64]) -> list[int]:
-    return (order.blocks[visits] * order.block_rows + places).tolist()
+    rows: list[int] = (order.blocks[visits] * order.block_rows + places).tolist()
+    return rows
 
 
 def all_rows(order: EpochOrder) -> list[int]:
