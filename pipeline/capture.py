@@ -247,7 +247,7 @@ def _check_tokenizer(config: CaptureConfig, corpus: Corpus) -> str:
     different = differing_components(expected, fingerprint(tokenizer)) if expected else []
     if different:
         raise MismatchError(
-            f"teacher {config.teacher}: its tokenizer does not match the corpus {corpus.path}: expected the same "
+            f"teacher {config.teacher}: its tokenizer does not match the corpus {corpus.place}: expected the same "
             f"{', '.join(different)}, found others; prepare a corpus with this teacher's tokenizer"
         )
     return "same tokenizer as the corpus"

@@ -191,18 +191,18 @@ def _choose(cache: Cache, names: tuple[str, ...]) -> tuple[list[Teacher], list[s
             unfinished.append(name)
     if unfinished and not finished:
         raise IncompleteError(
-            f"{cache.path}: expected a finished teacher, found only unfinished ones ({', '.join(unfinished)}); run the "
-            "same `tailcache capture` again to continue"
+            f"{cache.place}: expected a finished teacher, found only unfinished ones ({', '.join(unfinished)}); run "
+            "the same `tailcache capture` again to continue"
         )
     if not finished:
-        raise NotFoundError(f"{cache.path}: expected a teacher, found none; make one with `tailcache capture`")
+        raise NotFoundError(f"{cache.place}: expected a teacher, found none; make one with `tailcache capture`")
     return finished, unfinished
 
 
-def _label(sources: list[tuple[Path, Teacher]]) -> dict[str, tuple[Path, Teacher]]:
+def _label(sources: list[tuple[str | Path, Teacher]]) -> dict[str, tuple[str | Path, Teacher]]:
     """Name teachers: by their own name where that tells them apart, else with their cache."""
     counts = [teacher.name for _, teacher in sources]
-    labels: dict[str, tuple[Path, Teacher]] = {}
+    labels: dict[str, tuple[str | Path, Teacher]] = {}
     for path, teacher in sources:
         label = teacher.name if counts.count(teacher.name) == 1 else f"{path}:{teacher.name}"
         if label in labels:
@@ -224,7 +224,7 @@ def _check_same_corpus(corpus: Corpus, other: Corpus) -> None:
         if a[size] != b[size]:
             differing.append(f"{size}: {a[size]} against {b[size]}")
     raise MismatchError(
-        f"{other.path.parent}: expected the corpus of {corpus.path.parent}, {corpus.hash}, found {other.hash}; "
+        f"{other.cache_place}: expected the corpus of {corpus.cache_place}, {corpus.hash}, found {other.hash}; "
         "positions of different corpora cannot be compared. They differ in "
         f"{'; '.join(differing) or 'their tokens'}. Capture both teachers over one corpus"
     )
@@ -245,7 +245,7 @@ def _rows(corpus: Corpus, split: Literal["all", "held-out", "train"]) -> NDArray
         return np.arange(corpus.num_rows)
     rows = corpus.held_out_rows() if split == "held-out" else corpus.train_rows()
     if not len(rows):
-        raise DataError(f"--split {split}: expected such rows in {corpus.path}, found none; use --split all")
+        raise DataError(f"--split {split}: expected such rows in {corpus.place}, found none; use --split all")
     return rows
 
 

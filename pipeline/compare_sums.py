@@ -97,7 +97,9 @@ def row_sums(
         if block_sums is not None:
             parts.append(block_sums[block_sums[:, 0] > 0])
     if not parts:
-        raise DataError(f"corpus {corpus.path}: expected rows with target positions, found none among {len(rows)} rows")
+        raise DataError(
+            f"corpus {corpus.place}: expected rows with target positions, found none among {len(rows)} rows"
+        )
     return RowSums(
         names=names, sums_RM=np.concatenate(parts), by_context={n: context[:, m] for m, n in enumerate(names)}
     )

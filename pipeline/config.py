@@ -24,8 +24,8 @@ class PrepareConfig:
     counts it. The same input and settings give the same bytes.
     """
 
-    cache: Path
-    """Folder of the cache; the corpus is written to CACHE/corpus."""
+    cache: str | Path
+    """Where the cache lies: a folder, or a URL such as s3://bucket/folder; the corpus is written to CACHE/corpus."""
 
     source: str
     """What to read: a file or folder (parquet, .jsonl, .json, .txt, .arrow, or what `datasets` saved; text
@@ -143,8 +143,9 @@ class CaptureConfig:
     committed shard ended, and the finished cache has the same bytes as if it had never been interrupted.
     """
 
-    cache: Path
-    """Folder of the cache; it must have a corpus (`tailcache prepare`)."""
+    cache: str | Path
+    """Where the cache lies: a folder, or a URL such as s3://bucket/folder. It must have a corpus
+    (`tailcache prepare`)."""
 
     teacher: str
     """Any causal language model of `transformers`: a folder, a hub id, or the path of a GGUF file."""
@@ -231,13 +232,13 @@ class CompareConfig:
     bound that is certain, and an estimate that rests on an assumption about what lies beyond the stored tokens.
     """
 
-    cache: Path
+    cache: str | Path
     """Folder of a cache with finished teachers."""
 
     teachers: tuple[str, ...] = ()
     """Which of its teachers, in this order; all finished ones by default."""
 
-    other_cache: Path | None = None
+    other_cache: str | Path | None = None
     """A second cache with the same corpus (the same content hash), whose teachers are compared too."""
 
     other_teachers: tuple[str, ...] = ()

@@ -21,8 +21,10 @@ from tailcache.pipeline.locate import open_source
 from tailcache.pipeline.packing import Packer, PackingCounts, is_held_out
 from tailcache.pipeline.text import Source
 from tailcache.pipeline.tokenizer import LoadedTokenizer, ending_id, load_tokenizer, opening_id
-from tailcache.storage.corpus import Corpus, CorpusWriter
+from tailcache.storage.corpus import Corpus
+from tailcache.storage.corpus_writer import CorpusWriter, has_corpus
 from tailcache.storage.errors import ConfigError, DataError, MismatchError
+from tailcache.storage.place import open_place
 
 __all__ = ["Prepared", "prepare", "report_lines"]
 
@@ -75,7 +77,7 @@ def prepare(config: PrepareConfig) -> Prepared:
     columns = choose_columns(source.columns(), config)
     loaded = load_tokenizer(config.tokenizer, revision=config.tokenizer_revision, chat_template=config.chat_template)
     encoder, recipe = _plan(config, columns, loaded)
-    if (config.cache / "corpus").exists():
+    if has_corpus(open_place(config.cache)):
         return _already_there(config, loaded, source, recipe)
     reading = _Reading()
     with CorpusWriter(config.cache, vocab_size=loaded.vocab_size) as writer:
@@ -114,7 +116,7 @@ def report_lines(prepared: Prepared) -> list[str]:
     train, held = report["train"], report["held_out"]
     total = {name: train[name] + held[name] for name in train}
     lines = [
-        f"corpus {corpus.path}{' (already there, nothing to do)' if prepared.already_there else ''}",
+        f"corpus {corpus.place}{' (already there, nothing to do)' if prepared.already_there else ''}",
         f"  documents          {total['documents']:>12,}   of {report['records']:,} records read, "
         f"{report['empty_documents']:,} empty",
         f"  rows               {total['rows']:>12,}   of at most {report['context_length']:,} tokens, "
@@ -255,7 +257,7 @@ def _already_there(config: PrepareConfig, loaded: LoadedTokenizer, source: Sourc
     Raises:
       MismatchError: it is another one; says in which fields.
     """
-    corpus = Corpus(config.cache / "corpus")
+    corpus = Corpus(config.cache)
     stored = corpus.manifest
     found_source = {key: value for key, value in stored["source"].items() if not key.startswith("documents")}
     pairs = [
@@ -272,7 +274,7 @@ def _already_there(config: PrepareConfig, loaded: LoadedTokenizer, source: Sourc
     if differing:
         shown = "; ".join(differing[:5])
         raise MismatchError(
-            f"{corpus.path}: there is a corpus already, and it is another one ({shown}). Prepare into another "
+            f"{corpus.place}: there is a corpus already, and it is another one ({shown}). Prepare into another "
             "--cache, or delete this one if nothing depends on it"
         )
     return Prepared(corpus, stored["report"], already_there=True)

@@ -18,7 +18,7 @@ import tyro
 
 from tailcache.scripts.measure import Bar, report, spread
 from tailcache.storage.arrays import open_array, read_slice
-from tailcache.storage.corpus import CorpusWriter
+from tailcache.storage.corpus_writer import CorpusWriter
 from tailcache.storage.objects import read_object
 from tailcache.storage.reader import open_cache
 from tailcache.storage.targets import Targets, TargetsWriter, plan_layout
@@ -142,9 +142,9 @@ def bench(config: BenchReader) -> None:
             start = time.perf_counter()
             for name, spec in teacher.layout.fields().items():
                 if direct:
-                    read_object(teacher.path / spec.object_path(0), spec, 0, num, name)
+                    read_object(teacher.place, spec.object_path(0), spec, 0, num, name)
                 else:
-                    read_slice(open_array(teacher.path / name), 0, num, lambda: "bench")
+                    read_slice(open_array(Path(str(teacher.place)) / name), 0, num, lambda: "bench")
             return (time.perf_counter() - start) / num * 1e6
 
         stream(0), random_rows(0), fields(True), fields(False)

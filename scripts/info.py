@@ -22,8 +22,8 @@ class InfoConfig:
     the data: `tailcache verify` does.
     """
 
-    cache: Path
-    """Folder of the cache."""
+    cache: str | Path
+    """Where the cache lies: a folder, or a URL such as s3://bucket/folder."""
 
     json: Path | None = None
     """Write all of it to this JSON file."""
@@ -47,7 +47,7 @@ def run(config: InfoConfig) -> None:
         print(f"\nwrote {config.json}")
 
 
-def cache_info(path: Path) -> dict[str, Any]:
+def cache_info(path: str | Path) -> dict[str, Any]:
     """What a cache holds, as JSON values.
 
     Raises:

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tailcache.storage.errors import CorruptError, NotFoundError
+from tailcache.storage.errors import CorruptError
 
 __all__ = ["VerifyConfig", "run"]
 
@@ -19,8 +19,8 @@ class VerifyConfig:
     committed is verified.
     """
 
-    cache: Path
-    """Folder of the cache."""
+    cache: str | Path
+    """Where the cache lies: a folder, or a URL such as s3://bucket/folder."""
 
     json: Path | None = None
     """Write the faults to this file too, as a list of objects with path, shard, field and problem."""
@@ -30,11 +30,10 @@ def run(config: VerifyConfig) -> None:
     """Verify, print the faults, and fail if there are any."""
     from tqdm import tqdm
 
+    from tailcache.storage.place import open_place
     from tailcache.storage.verify import verify
 
-    if not config.cache.is_dir():
-        raise NotFoundError(f"{config.cache}: expected a cache's folder, found none")
-    size = sum(p.stat().st_size for p in config.cache.rglob("*") if p.is_file())
+    size = sum(size for _, size in open_place(config.cache).files())
     with tqdm(total=size, unit="B", unit_scale=True, desc="verify") as bar:
         faults = verify(config.cache, progress=bar.update)
     if config.json is not None:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import zarr
@@ -26,6 +25,7 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore
 
 from tailcache.storage.errors import CorruptError
+from tailcache.storage.place import Place
 
 __all__ = ["ArraySpec", "group_metadata", "open_array", "read_slice"]
 
@@ -112,8 +112,13 @@ class ArraySpec:
         self._create(store, len(values))[:] = values
         return _get(store, self.object_path(0).removeprefix(self.name + "/"))
 
-    def chunk_seal(self, data: bytes | Path) -> str:
-        """One hash over an object's index and the checksums of its chunks, from a few bytes of it.
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of an object's index, its checksum included: what an object ends with."""
+        return 16 * (self.shard // self.chunk) + 4
+
+    def chunk_seal(self, data: bytes) -> str:
+        """One hash over an object's index and the checksums of its chunks.
 
         An object ends with its index (offset and length of each chunk, and their CRC-32C), and each chunk ends with
         its own CRC-32C. Reading a chunk verifies both, but nothing in them says *which* object they belong to: an
@@ -122,22 +127,29 @@ class ArraySpec:
         that was written there.
 
         Args:
-          data: the object's bytes, or the file.
+          data: the object's bytes.
         """
-        with io.BytesIO(data) if isinstance(data, bytes) else open(data, "rb") as file:
-            return self._chunk_seal(file)
+        index = data[max(0, len(data) - self.index_bytes) :]
+        return _seal(index, [data[last - 4 : last] for last in _chunk_ends(index, len(data))])
 
-    def _chunk_seal(self, file: BinaryIO) -> str:
-        num_chunks = self.shard // self.chunk
-        size = file.seek(0, io.SEEK_END)
-        file.seek(max(0, size - 16 * num_chunks - 4))
-        index = file.read()
-        digest = hashlib.sha256(index)
-        for offset, length in np.frombuffer(index[: len(index) // 16 * 16], "<u8").reshape(-1, 2).tolist():
-            if length >= 4 and offset + length <= size:  # slots that are not stored have the largest uint64 for both
-                file.seek(offset + length - 4)
-                digest.update(file.read(4))
-        return digest.hexdigest()
+    def chunk_seal_at(self, place: Place, name: str) -> tuple[str, int]:
+        """``chunk_seal`` of an object where it lies, from a few bytes of it, and its size.
+
+        Raises:
+          FileNotFoundError: it is not there.
+        """
+        index, size = place.read_end(name, self.index_bytes)
+        return _seal(index, place.read_ranges(name, [(last - 4, last) for last in _chunk_ends(index, size)])), size
+
+
+def _chunk_ends(index: bytes, size: int) -> list[int]:
+    """Where each stored chunk of an object ends; those that are not stored have the largest uint64 as their length."""
+    entries = np.frombuffer(index[: len(index) // 16 * 16], "<u8").reshape(-1, 2).tolist()
+    return [offset + length for offset, length in entries if length >= 4 and offset + length <= size]
+
+
+def _seal(index: bytes, checksums: list[bytes]) -> str:
+    return hashlib.sha256(b"".join([index, *checksums])).hexdigest()
 
 
 class _WholeStore(LocalStore):

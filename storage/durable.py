@@ -19,7 +19,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from tailcache.storage.errors import CorruptError, MismatchError, StorageError, TailcacheError
+from tailcache.storage.errors import MismatchError, StorageError, TailcacheError
 
 __all__ = [
     "TEMPORARY",
@@ -29,7 +29,6 @@ __all__ = [
     "move_file",
     "named",
     "promote_folder",
-    "read_checked",
     "remove_tree",
     "sha256",
     "sweep_temporary",
@@ -42,18 +41,6 @@ TEMPORARY = ".tmp"
 def sha256(data: bytes | memoryview) -> str:
     """Hex digest of some bytes."""
     return hashlib.sha256(data).hexdigest()
-
-
-def read_checked(path: Path, expected: str | None) -> bytes:
-    """The whole content of a file whose hash is on record.
-
-    Raises:
-      CorruptError: the file is missing, or not what was written.
-    """
-    data = path.read_bytes() if path.is_file() else None
-    if data is None or sha256(data) != expected:
-        raise CorruptError(f"{path}: missing or not what was written; restore it from a copy")
-    return data
 
 
 @contextlib.contextmanager

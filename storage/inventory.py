@@ -7,14 +7,14 @@ say how far a capture has come; no array is read.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tailcache.storage.corpus import Corpus
 from tailcache.storage.durable import sha256
 from tailcache.storage.errors import CorruptError, MismatchError, NotFoundError
 from tailcache.storage.layout import Layout, check_name, commit_path
-from tailcache.storage.sealed import unseal
+from tailcache.storage.place import Place
+from tailcache.storage.sealed import MAX_BYTES, unseal
 
 __all__ = ["TeacherInventory", "corpus_bytes", "teacher_inventory"]
 
@@ -24,7 +24,7 @@ class TeacherInventory:
     """What is committed of one teacher."""
 
     name: str
-    path: Path
+    place: Place
     manifest: dict[str, Any]
     layout: Layout
     complete: bool
@@ -58,30 +58,31 @@ def teacher_inventory(corpus: Corpus, name: str) -> TeacherInventory:
 
     Cost: one small file per shard.
     """
-    path = corpus.path.parent / "teachers" / check_name(name)
-    if not (path / "manifest.json").is_file():
+    place = corpus.cache_place / "teachers" / check_name(name)
+    try:
+        data = place.read_limited("manifest.json", MAX_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
         raise NotFoundError(
-            f"{path}: expected a teacher with a manifest, found none; its capture has not committed anything yet"
-        )
-    data = (path / "manifest.json").read_bytes()
-    manifest, seal = unseal(data, str(path / "manifest.json")), sha256(data)
+            f"{place}: expected a teacher with a manifest, found none; its capture has not committed anything yet"
+        ) from None
+    manifest, seal = unseal(data, f"{place}/manifest.json"), sha256(data)
     if manifest["corpus_hash"] != corpus.hash:
         raise MismatchError(
-            f"{path}: captured over the corpus {manifest['corpus_hash'][:12]}…, but the cache has "
+            f"{place}: captured over the corpus {manifest['corpus_hash'][:12]}…, but the cache has "
             f"{corpus.hash[:12]}…; put the teacher back beside its own corpus, or capture it again"
         )
-    layout = Layout.from_attributes(manifest["layout"], str(path / "manifest.json"))
-    complete = (path / "complete.json").is_file()
+    layout = Layout.from_attributes(manifest["layout"], f"{place}/manifest.json")
+    complete = place.exists("complete.json")
     field_bytes = dict.fromkeys(layout.fields(), 0)
-    record_bytes = len(data) + sum(_size(path / file) for file in manifest["files"] if file.endswith("zarr.json"))
-    record_bytes += _size(path / "complete.json")
+    record_bytes = len(data) + sum((place.size(file) or 0) for file in manifest["files"] if file.endswith("zarr.json"))
+    record_bytes += place.size("complete.json") or 0
     committed = positions = 0
-    while committed < layout.num_shards and (path / commit_path(committed)).is_file():
-        raw = (path / commit_path(committed)).read_bytes()
-        commit = unseal(raw, str(path / commit_path(committed)))
+    while committed < layout.num_shards and place.exists(commit_path(committed)):
+        raw = place.read_limited(commit_path(committed), MAX_BYTES)
+        commit = unseal(raw, f"{place}/{commit_path(committed)}")
         if commit["shard"] != committed or commit["manifest"] != seal:
             raise CorruptError(
-                f"{path / commit_path(committed)}: belongs to another shard or capture; restore the right one from "
+                f"{place}/{commit_path(committed)}: belongs to another shard or capture; restore the right one from "
                 "a copy"
             )
         for file, entry in commit["files"].items():
@@ -91,11 +92,11 @@ def teacher_inventory(corpus: Corpus, name: str) -> TeacherInventory:
         committed += 1
     if complete and committed < layout.num_shards:
         raise CorruptError(
-            f"{path / commit_path(committed)}: missing, though the capture was complete; restore it from a copy"
+            f"{place}/{commit_path(committed)}: missing, though the capture was complete; restore it from a copy"
         )
     return TeacherInventory(
         name=name,
-        path=path,
+        place=place,
         manifest=manifest,
         layout=layout,
         complete=complete,
@@ -104,7 +105,7 @@ def teacher_inventory(corpus: Corpus, name: str) -> TeacherInventory:
         field_bytes=field_bytes,
         constant_bytes={
             name: sum(
-                _size(path / spec.object_path(number))
+                (place.size(spec.object_path(number)) or 0)
                 for number in range(spec.num_objects(layout.constant_length(name)))
             )
             for name, spec in layout.constants().items()
@@ -115,13 +116,9 @@ def teacher_inventory(corpus: Corpus, name: str) -> TeacherInventory:
 
 def corpus_bytes(corpus: Corpus) -> dict[str, int]:
     """Bytes of each array of a corpus, and of its tokenizer's files, as they lie on disk."""
-    sizes = {}
-    for spec in sorted(corpus.path.glob("*/zarr.json")):
-        folder = spec.parent
-        sizes[folder.name] = sum(_size(file) for file in (folder / "c").rglob("*") if file.is_file())
-    sizes["tokenizer"] = sum(_size(file) for file in corpus.tokenizer_dir.rglob("*") if file.is_file())
+    sizes: dict[str, int] = {}
+    for file, size in corpus.place.files():
+        folder, *rest = file.split("/")
+        if folder == "tokenizer" or rest[:1] == ["c"]:
+            sizes[folder] = sizes.get(folder, 0) + size
     return sizes
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0

@@ -10,8 +10,6 @@ the index' CRC-32C. Each chunk is blosc(bytes(transpose(values))) and its own CR
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,21 +18,21 @@ from numcodecs.checksum32 import CRC32C
 from numpy.typing import NDArray
 
 from tailcache.storage.arrays import ArraySpec
-from tailcache.storage.errors import CorruptError
+from tailcache.storage.errors import CorruptError, StorageError
+from tailcache.storage.place import Place
 
 __all__ = ["read_object"]
 
-_CHECKSUM_BYTES = 4
-_ENTRY_BYTES = 16
 _ABSENT = (1 << 64) - 1
 _crc32c = CRC32C(location="end")
 
 
-def read_object(path: Path, spec: ArraySpec, first: int, last: int, where: str) -> NDArray[Any]:
+def read_object(place: Place, name: str, spec: ArraySpec, first: int, last: int, where: str) -> NDArray[Any]:
     """Decode slots ``first`` to ``last`` (half-open, within the shard) of one object.
 
     Args:
-      path: the object's file.
+      place: where its group lies.
+      name: the object's file.
       spec: how its array lies on disk.
       first: first slot.
       last: one past the last slot.
@@ -45,39 +43,40 @@ def read_object(path: Path, spec: ArraySpec, first: int, last: int, where: str) 
 
     Raises:
       CorruptError: the file is missing or short, a checksum does not match, or a slot is not stored.
+
+    Cost: two reads, of the index and of the chunks that are needed.
     """
     trailing = () if spec.columns is None else (spec.columns,)
     out = np.empty((last - first, *trailing), np.dtype(spec.dtype))
     if last <= first:
         return out
     try:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            index = _read_index(descriptor, spec)
-            for chunk in range(first // spec.chunk, -(-last // spec.chunk)):
-                offset, length = (int(value) for value in index[chunk])
-                if offset == _ABSENT:
-                    raise ValueError(f"chunk {chunk} is not stored")
-                values = _decode_chunk(os.pread(descriptor, length, offset), length, spec)
-                begin = chunk * spec.chunk
-                a, b = max(first, begin), min(last, begin + spec.chunk)
-                out[a - first : b - first] = values[a - begin : b - begin]
-        finally:
-            os.close(descriptor)
+        index = _parse_index(place.read_end(name, spec.index_bytes)[0], spec)
+        chunks = range(first // spec.chunk, -(-last // spec.chunk))
+        ranges = []
+        for chunk in chunks:
+            offset, length = (int(value) for value in index[chunk])
+            if offset == _ABSENT:
+                raise ValueError(f"chunk {chunk} is not stored")
+            ranges.append((offset, offset + length))
+        for chunk, (a, b), stored in zip(chunks, ranges, place.read_ranges(name, ranges), strict=True):
+            values = _decode_chunk(stored, b - a, spec)
+            begin = chunk * spec.chunk
+            low, high = max(first, begin), min(last, begin + spec.chunk)
+            out[low - first : high - first] = values[low - begin : high - begin]
+    except StorageError:
+        raise
     except (OSError, ValueError, RuntimeError, OverflowError, IndexError) as error:
         raise CorruptError(
-            f"{where}: {path} cannot be decoded ({type(error).__name__}: {error}); run `tailcache verify` to list all "
-            "damage, then restore the file from a copy or capture again"
+            f"{where}: {place}/{name} cannot be decoded ({type(error).__name__}: {error}); run `tailcache verify` to "
+            "list all damage, then restore the file from a copy or capture again"
         ) from error
     return out
 
 
-def _read_index(descriptor: int, spec: ArraySpec) -> NDArray[np.uint64]:
-    size = _ENTRY_BYTES * (spec.shard // spec.chunk) + _CHECKSUM_BYTES
-    end = os.fstat(descriptor).st_size
-    stored = os.pread(descriptor, size, max(0, end - size))
-    if len(stored) != size:
-        raise ValueError(f"expected an index of {size} bytes, found {len(stored)}")
+def _parse_index(stored: bytes, spec: ArraySpec) -> NDArray[np.uint64]:
+    if len(stored) != spec.index_bytes:
+        raise ValueError(f"expected an index of {spec.index_bytes} bytes, found {len(stored)}")
     return np.frombuffer(_crc32c.decode(stored), "<u8").reshape(-1, 2)
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from tailcache.storage.durable import sha256
 from tailcache.storage.errors import CorruptError
 
 __all__ = ["Claim", "Location", "Place", "open_place"]
@@ -136,6 +137,20 @@ class Place(ABC):
         from tailcache.storage.disk_cache import local_copy
 
         return local_copy(self, below, files)
+
+    def read_checked(self, name: str, expected: str | None) -> bytes:
+        """The whole content of a file whose hash is on record.
+
+        Raises:
+          CorruptError: the file is missing, or not what was written.
+        """
+        try:
+            data = self.read(name)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            data = None
+        if data is None or sha256(data) != expected:
+            raise CorruptError(f"{self}/{name}: missing or not what was written; restore it from a copy")
+        return data
 
     def read_limited(self, name: str, limit: int) -> bytes:
         """A whole file of at most some size.

@@ -8,27 +8,27 @@ field; it is never read as zeros.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tailcache.storage.arrays import open_array, read_slice
 from tailcache.storage.codec import OPTIONAL, Targets
 from tailcache.storage.corpus import Corpus, Rows
-from tailcache.storage.durable import read_checked, sha256
+from tailcache.storage.durable import sha256
 from tailcache.storage.errors import ConfigError, CorruptError, IncompleteError, MismatchError, NotFoundError
 from tailcache.storage.hidden import StoredHead
 from tailcache.storage.layout import Layout, check_name, commit_path
 from tailcache.storage.objects import read_object
 from tailcache.storage.order import shuffled_windows
-from tailcache.storage.sealed import unseal
+from tailcache.storage.place import Location, Place, open_place
+from tailcache.storage.sealed import MAX_BYTES, unseal
 from tailcache.storage.targets import load_codec
 
 __all__ = ["Cache", "StoredHead", "Teacher", "open_cache"]
@@ -37,32 +37,33 @@ _READ_THREADS = 2
 _MAX_GAP_ROWS = 8  # rows read and dropped rather than starting another read
 
 
-def open_cache(path: str | Path) -> Cache:
+def open_cache(location: Location | Place) -> Cache:
     """Open a cache for reading.
 
     Args:
-      path: the cache's folder.
+      location: the cache's folder, or a URL such as s3://bucket/folder.
 
     Raises:
       NotFoundError: no cache there.
       FormatError: another format, or a version this code does not know.
       CorruptError: its manifest is damaged.
     """
-    return Cache(path=Path(path), corpus=Corpus(Path(path) / "corpus"))
+    place = open_place(location)
+    return Cache(place=place, corpus=Corpus(place))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cache:
     """A corpus and the teachers that were run over it."""
 
-    path: Path
+    place: Place
     corpus: Corpus
 
     @property
     def teacher_names(self) -> list[str]:
         """Names of all teachers, also those whose capture has not finished."""
-        folder = self.path / "teachers"
-        return sorted(p.name for p in folder.iterdir() if (p / "manifest.json").is_file()) if folder.is_dir() else []
+        teachers = self.place / "teachers"
+        return [name for name in teachers.folders() if teachers.exists(f"{name}/manifest.json")]
 
     def teacher(self, name: str) -> Teacher:
         """Open one teacher.
@@ -89,35 +90,26 @@ class Teacher:
     def __init__(self, corpus: Corpus, name: str) -> None:
         self.name = check_name(name)
         self.corpus = corpus
-        self.path = corpus.path.parent / "teachers" / name
-        if not (self.path / "manifest.json").is_file():
-            if (self.path / "complete.json").exists() or (self.path / commit_path(0)).exists():
-                raise CorruptError(f"{self.path / 'manifest.json'}: missing; restore it from a copy")
-            if self.path.is_dir():
-                raise IncompleteError(
-                    f"{self.path}: its capture stopped before the first shard; run the same `tailcache capture` again"
-                )
-            known = ", ".join(Cache(path=corpus.path.parent, corpus=corpus).teacher_names) or "none"
-            raise NotFoundError(f"{corpus.path.parent}: expected a teacher named {name!r}, found {known}")
-        data = (self.path / "manifest.json").read_bytes()
-        self.manifest = unseal(data, str(self.path / "manifest.json"))
+        self.place = corpus.cache_place / "teachers" / name
+        data = self._manifest_bytes()
+        self.manifest = unseal(data, f"{self.place}/manifest.json")
         self._manifest_seal = sha256(data)
-        self.layout = Layout.from_attributes(self.manifest["layout"], str(self.path / "manifest.json"))
+        self.layout = Layout.from_attributes(self.manifest["layout"], f"{self.place}/manifest.json")
         if self.manifest["corpus_hash"] != corpus.hash:
             raise MismatchError(
-                f"{self.path}: captured over the corpus {self.manifest['corpus_hash'][:12]}…, but the cache has "
+                f"{self.place}: captured over the corpus {self.manifest['corpus_hash'][:12]}…, but the cache has "
                 f"{corpus.hash[:12]}…; put the teacher back beside its own corpus, or capture it again"
             )
-        complete_path = self.path / "complete.json"
-        if not complete_path.is_file():
+        try:
+            data = self.place.read_limited("complete.json", MAX_BYTES)
+        except FileNotFoundError:
             raise IncompleteError(
-                f"{self.path}: its capture has not finished; run the same `tailcache capture` again to continue it"
-            )
-        data = complete_path.read_bytes()
-        self.complete = unseal(data, str(complete_path))
+                f"{self.place}: its capture has not finished; run the same `tailcache capture` again to continue it"
+            ) from None
+        self.complete = unseal(data, f"{self.place}/complete.json")
         self.hash = sha256(data)
         if self.complete["manifest"] != self._manifest_seal:
-            raise CorruptError(f"{complete_path}: belongs to another manifest; restore both from one copy")
+            raise CorruptError(f"{self.place}/complete.json: belongs to another manifest; restore both from one copy")
         self.top_k, self.num_samples = self.layout.top_k, self.layout.num_samples
         self.vocab_size, self.num_targets = self.layout.vocab_size, self.layout.num_positions
         self.temperatures = self.layout.temperatures
@@ -128,13 +120,28 @@ class Teacher:
         self.optional = tuple(name for name in OPTIONAL if name in self._fields)
         self._checked: set[tuple[int, str]] = set()
 
+    def _manifest_bytes(self) -> bytes:
+        try:
+            return self.place.read_limited("manifest.json", MAX_BYTES)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        if self.place.exists("complete.json") or any(self.place.files("commits")):
+            raise CorruptError(f"{self.place}/manifest.json: missing; restore it from a copy")
+        if any(self.place.files()):
+            raise IncompleteError(
+                f"{self.place}: its capture stopped before the first shard; run the same `tailcache capture` again"
+            )
+        cache = self.corpus.cache_place
+        known = ", ".join(Cache(place=cache, corpus=self.corpus).teacher_names) or "none"
+        raise NotFoundError(f"{cache}: expected a teacher named {self.name!r}, found {known}")
+
     # -- lazily read constants ---------------------------------------------------------------------------------
 
     @cached_property
     def _codec(self) -> Any:
         for name in self._fields:
-            read_checked(self.path / name / "zarr.json", self.manifest["files"].get(f"{name}/zarr.json"))
-        return load_codec(self.path, self.layout, self.manifest["files"])
+            self.place.read_checked(f"{name}/zarr.json", self.manifest["files"].get(f"{name}/zarr.json"))
+        return load_codec(self.place, self.layout, self.manifest["files"])
 
     @cached_property
     def mean_tail(self) -> NDArray[np.float32]:
@@ -142,10 +149,8 @@ class Teacher:
 
         All zeros where the tail is empty everywhere (K = V).
         """
-        known = {**self.manifest["files"], **self.complete["files"]}
-        for file in ("mean_tail/zarr.json", self.layout.constants()["mean_tail"].object_path(0)):
-            read_checked(self.path / file, known.get(file))
-        return read_slice(open_array(self.path / "mean_tail"), 0, self.vocab_size, lambda: f"{self.path}, mean_tail")
+        mean: NDArray[np.float32] = self._constant("mean_tail")
+        return mean
 
     def head(self) -> StoredHead:
         """The teacher's head, for its whole distribution: ``head.logits(hidden_float32(hidden, hidden_scale))``.
@@ -173,14 +178,14 @@ class Teacher:
     def _constant(self, name: str) -> NDArray[Any]:
         """A constant of any number of objects, each against its hash; one object at a time beside the result."""
         spec, length = self.layout.constants()[name], self.layout.constant_length(name)
-        known = self.manifest["files"]
-        read_checked(self.path / name / "zarr.json", known.get(f"{name}/zarr.json"))
+        known = {**self.manifest["files"], **self.complete["files"]}
+        self.place.read_checked(f"{name}/zarr.json", known.get(f"{name}/zarr.json"))
         values = np.empty((length,) if spec.columns is None else (length, spec.columns), spec.dtype)
         for number in range(spec.num_objects(length)):
             file = spec.object_path(number)
-            read_checked(self.path / file, known.get(file))
+            self.place.read_checked(file, known.get(file))
             part = values[number * spec.shard : (number + 1) * spec.shard]
-            part[:] = read_object(self.path / file, spec, 0, len(part), f"teacher {self.name!r}, {name}")
+            part[:] = read_object(self.place, file, spec, 0, len(part), f"teacher {self.name!r}, {name}")
         return values
 
     @cached_property
@@ -196,12 +201,18 @@ class Teacher:
 
     def commit(self, shard: int) -> dict[str, Any]:
         """The commit record of a shard, checked."""
-        path = self.path / commit_path(shard)
-        if not path.is_file():
-            raise CorruptError(f"{path}: missing, though the capture was complete; restore it from a copy")
-        record = unseal(path.read_bytes(), str(path))
+        name = commit_path(shard)
+        try:
+            data = self.place.read_limited(name, MAX_BYTES)
+        except (FileNotFoundError, NotADirectoryError):
+            raise CorruptError(
+                f"{self.place}/{name}: missing, though the capture was complete; restore it from a copy"
+            ) from None
+        record = unseal(data, f"{self.place}/{name}")
         if record["shard"] != shard or record["manifest"] != self._manifest_seal:
-            raise CorruptError(f"{path}: belongs to another shard or capture; restore the right one from a copy")
+            raise CorruptError(
+                f"{self.place}/{name}: belongs to another shard or capture; restore the right one from a copy"
+            )
         return record
 
     def _wanted(self, optional: Collection[str]) -> list[str]:
@@ -228,17 +239,22 @@ class Teacher:
             file = spec.object_path(shard)
             entry = files.get(file, {})
             expected = entry.get("bytes")
-            path = self.path / file
-            found = path.stat().st_size if path.is_file() else None
+            where = f"teacher {self.name!r}, shard {shard}, field {name}"
+            if entry:
+                self.place.expect(file, entry["sha256"], entry["bytes"])
+            seal: str | None = None
+            found: int | None = None
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                seal, found = spec.chunk_seal_at(self.place, file)
             if expected != found:
                 raise CorruptError(
-                    f"teacher {self.name!r}, shard {shard}, field {name}: expected {path} to have {expected} bytes, "
-                    f"found {'no file' if found is None else found}; restore it from a copy or capture again"
+                    f"{where}: expected {self.place}/{file} to have {expected} bytes, found "
+                    f"{'no file' if found is None else found}; restore it from a copy or capture again"
                 )
-            if entry and spec.chunk_seal(path) != entry["chunks"]:
+            if entry and seal != entry["chunks"]:
                 raise CorruptError(
-                    f"teacher {self.name!r}, shard {shard}, field {name}: {path} is not the object that was committed; "
-                    "restore it from a copy or capture again"
+                    f"{where}: {self.place}/{file} is not the object that was committed; restore it from a copy or "
+                    "capture again"
                 )
         self._checked.update((shard, name) for name in names)
 
@@ -248,7 +264,8 @@ class Teacher:
         codec = self._codec
         stored = {
             name: read_object(
-                self.path / self._fields[name].object_path(shard),
+                self.place,
+                self._fields[name].object_path(shard),
                 self._fields[name],
                 first,
                 last,

@@ -21,12 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tailcache.storage import durable
-from tailcache.storage.arrays import group_metadata, open_array, read_slice
+from tailcache.storage.arrays import group_metadata
 from tailcache.storage.codec import Codec, Targets, logprob_levels, vocabulary_order
 from tailcache.storage.corpus import Corpus
 from tailcache.storage.errors import ConfigError, CorruptError, MismatchError, StorageError
 from tailcache.storage.hidden import HiddenLayout, StoredHead
 from tailcache.storage.layout import Layout, check_name, check_temperatures, commit_path
+from tailcache.storage.local_place import LocalPlace
+from tailcache.storage.objects import read_object
+from tailcache.storage.place import Place
 from tailcache.storage.sealed import seal, unseal
 
 __all__ = ["Targets", "TargetsWriter", "commit_chain", "load_codec", "plan_layout"]
@@ -124,7 +127,9 @@ class TargetsWriter:
         if layout.hidden != given or (head is not None and len(head.weight) != layout.vocab_size):
             rows = 0 if head is None else len(head.weight)
             raise ValueError(f"expected a head as the layout has it, {layout.hidden}, found {given} of {rows} tokens")
-        self.path = corpus.path.parent / "teachers" / check_name(name)
+        local = corpus.cache_place.local
+        assert local is not None
+        self.path = local / "teachers" / check_name(name)
         self.layout = layout
         self._corpus = corpus
         self._head = head
@@ -166,7 +171,7 @@ class TargetsWriter:
                 + "; ".join(f"{field}: stored {a!r}, asked for {b!r}" for field, a, b in differences[:8])
                 + ". Give the new capture another --name, or use the stored settings to continue this one"
             )
-        return durable.sha256(data), load_codec(self.path, self.layout, manifest["files"])
+        return durable.sha256(data), load_codec(LocalPlace(self.path), self.layout, manifest["files"])
 
     def _count_commits(self) -> tuple[int, int]:
         """Committed shards, and the bytes of their objects."""
@@ -368,7 +373,7 @@ def commit_chain(path: Path, num_shards: int) -> str:
     return digest.hexdigest()
 
 
-def load_codec(path: Path, layout: Layout, checksums: dict[str, str]) -> Codec:
+def load_codec(place: Place, layout: Layout, checksums: dict[str, str]) -> Codec:
     """Read a teacher's vocabulary order and levels, checked against its manifest.
 
     Raises:
@@ -376,16 +381,11 @@ def load_codec(path: Path, layout: Layout, checksums: dict[str, str]) -> Codec:
     """
     values = []
     for name in ("vocabulary_order", "logprob_levels"):
-        for file in (f"{name}/zarr.json", layout.constants()[name].object_path(0)):
-            found = path / file
-            data = found.read_bytes() if found.is_file() else b""
-            if durable.sha256(data) != checksums.get(file):
-                raise CorruptError(
-                    f"{found}: expected checksum {checksums.get(file)}, found "
-                    f"{durable.sha256(data) if data else 'no file'}; restore it from a copy"
-                )
+        spec = layout.constants()[name]
+        for file in (f"{name}/zarr.json", spec.object_path(0)):
+            place.read_checked(file, checksums.get(file))
         length = layout.constant_length(name)
-        values.append(read_slice(open_array(path / name), 0, length, lambda: f"{path}, constant"))
+        values.append(read_object(place, spec.object_path(0), spec, 0, length, f"{place}, constant {name}"))
     return Codec(values[0], values[1])
 
 

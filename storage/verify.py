@@ -143,7 +143,7 @@ class _Check:
         if len(self.faults) > before or manifest is None:
             return  # the values cannot be trusted, and what is damaged has been said
         try:
-            self._corpus = Corpus(folder)
+            self._corpus = Corpus(folder.parent)
             for problem in _corpus_problems(self._corpus):
                 self._fault(folder, problem)
         except TailcacheError as error:

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tailcache.pipeline.config import CaptureConfig
-from tailcache.storage.corpus import Corpus, CorpusWriter, Rows
+from tailcache.storage.corpus import Corpus, Rows
+from tailcache.storage.corpus_writer import CorpusWriter
 from tailcache.storage.fingerprint import fingerprint
 
 _COMMON = {

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tailcache.storage.codec import Targets
-from tailcache.storage.corpus import Corpus, CorpusWriter
+from tailcache.storage.corpus import Corpus
+from tailcache.storage.corpus_writer import CorpusWriter
 from tailcache.storage.targets import TargetsWriter, plan_layout
 
 Dense = NDArray[np.float64]

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from tailcache.storage.arrays import ArraySpec
 from tailcache.storage.codec import Targets
-from tailcache.storage.corpus import Corpus, CorpusWriter
+from tailcache.storage.corpus import Corpus
+from tailcache.storage.corpus_writer import CorpusWriter
 from tailcache.storage.hidden import HeadKind, HiddenKind, HiddenLayout, StoredHead
 from tailcache.storage.layout import Layout
 from tailcache.storage.targets import TargetsWriter, plan_layout

@@ -13,7 +13,8 @@ from storage_fixtures import FINISH, TOKENIZER_FILES, append_rows, make_corpus, 
 
 from tailcache.storage import corpus as corpus_module
 from tailcache.storage.arrays import ArraySpec
-from tailcache.storage.corpus import Corpus, CorpusWriter
+from tailcache.storage.corpus import Corpus
+from tailcache.storage.corpus_writer import CorpusWriter
 from tailcache.storage.errors import (
     CorruptError,
     DataError,

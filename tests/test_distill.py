@@ -19,6 +19,7 @@ import pytest
 import reference
 import torch
 from loss_cases import CODEC_MAX, CODEC_MEAN, MICRO_BATCH
+from places import cache_folder
 from tokenizer_fixtures import build_tokenizer
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -84,7 +85,7 @@ def _config(source: Teacher, out: Path, **settings: Any) -> TrainConfig:
         "log_every": 1,
         "device": "cpu",
     }
-    return TrainConfig(cache=source.corpus.path.parent, out=out, **{**defaults, **settings})
+    return TrainConfig(cache=cache_folder(source.corpus), out=out, **{**defaults, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -911,7 +912,7 @@ def test_two_processes_train_like_one(teacher: Teacher, loss: dict[str, Any], ti
             "--nproc-per-node",
             "2",
             str(script),
-            str(teacher.corpus.path.parent),
+            str(cache_folder(teacher.corpus)),
             str(tmp_path / "two"),
             text,
         ],
@@ -969,7 +970,7 @@ def test_a_sharded_model_has_the_same_gradient(teacher: Teacher, tmp_path: Path)
     script.write_text(SHARDED)
     run_ = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     done = subprocess.run(
-        [*run_, str(teacher.corpus.path.parent), str(tmp_path / "out")],
+        [*run_, str(cache_folder(teacher.corpus)), str(tmp_path / "out")],
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",

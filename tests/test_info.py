@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from compare_fixtures import Position, add_teacher, make_corpus, random_dense
+from places import cache_folder
 from storage_fixtures import make_corpus as storage_corpus
 from storage_fixtures import make_exact
 
@@ -35,7 +36,7 @@ def on_disk(folder: Path) -> int:
 
 def test_corpus_is_counted(built: tuple[Corpus, list[Position]]) -> None:
     corpus, positions = built
-    info = cache_info(corpus.path.parent)["corpus"]
+    info = cache_info(cache_folder(corpus))["corpus"]
     assert info["rows"] == 9
     assert info["held_out_rows"] == 3
     assert info["target_positions"] == len(positions)
@@ -46,18 +47,22 @@ def test_corpus_is_counted(built: tuple[Corpus, list[Position]]) -> None:
     assert info["source"]["kind"] == "test"
     assert info["recipe"] == {"context_length": 20}
     for name, size in corpus_bytes(corpus).items():
-        assert size == on_disk(corpus.path / name / "c" if name != "tokenizer" else corpus.path / name)
+        assert size == on_disk(
+            cache_folder(corpus) / "corpus" / name / "c"
+            if name != "tokenizer"
+            else cache_folder(corpus) / "corpus" / name
+        )
 
 
 def test_a_finished_teacher(built: tuple[Corpus, list[Position]]) -> None:
     corpus, positions = built
-    done = cache_info(corpus.path.parent)["teachers"][0]
+    done = cache_info(cache_folder(corpus))["teachers"][0]
     assert (done["name"], done["complete"]) == ("done", True)
     assert done["shards_committed"] == done["shards"] > 1
     assert done["positions_committed"] == done["positions"] == len(positions)
     assert (done["top_k"], done["num_samples"], done["vocab_size"]) == (5, 3, V)
     assert done["settings"] == {"teacher": "done"}
-    folder = corpus.path.parent / "teachers" / "done"
+    folder = cache_folder(corpus) / "teachers" / "done"
     for field, size in done["bytes"].items():
         assert size == on_disk(folder / field / "c"), field
         assert done["bytes_per_position"][field] == pytest.approx(size / len(positions))
@@ -90,40 +95,42 @@ def test_optional_fields_are_counted_and_said(tmp_path: Path) -> None:
 
 def test_an_unfinished_teacher(built: tuple[Corpus, list[Position]]) -> None:
     corpus, _ = built
-    half = cache_info(corpus.path.parent)["teachers"][1]
+    half = cache_info(cache_folder(corpus))["teachers"][1]
     assert (half["name"], half["complete"], half["shards_committed"]) == ("half", False, 1)
     assert 0 < half["positions_committed"] < half["positions"]
     assert "tail_sample_codes" not in half["bytes"]
     assert half["bytes_per_position"]["log_tail"] == half["bytes"]["log_tail"] / half["positions_committed"]
-    text = info_text(cache_info(corpus.path.parent))
+    text = info_text(cache_info(cache_folder(corpus)))
     assert "half: NOT FINISHED" in text
     assert f"of {half['shards']} committed" in text
 
 
 def test_nothing_but_records_is_read(built: tuple[Corpus, list[Position]]) -> None:
     corpus, _ = built
-    before = cache_info(corpus.path.parent)
-    for file in (corpus.path.parent / "teachers").rglob("c/*"):
+    before = cache_info(cache_folder(corpus))
+    for file in (cache_folder(corpus) / "teachers").rglob("c/*"):
         if file.is_file():
             file.write_bytes(bytes(file.stat().st_size))
-    (corpus.path / "tokens/c/0").write_bytes(bytes((corpus.path / "tokens/c/0").stat().st_size))
-    assert cache_info(corpus.path.parent) == before
+    (cache_folder(corpus) / "corpus" / "tokens/c/0").write_bytes(
+        bytes((cache_folder(corpus) / "corpus" / "tokens/c/0").stat().st_size)
+    )
+    assert cache_info(cache_folder(corpus)) == before
 
 
 def test_a_teacher_without_a_committed_shard(built: tuple[Corpus, list[Position]]) -> None:
     corpus, _ = built
-    folder = corpus.path.parent / "teachers" / "half"
+    folder = cache_folder(corpus) / "teachers" / "half"
     for file in (folder / "commits").iterdir():
         file.unlink()
-    half = cache_info(corpus.path.parent)["teachers"][1]
+    half = cache_info(cache_folder(corpus))["teachers"][1]
     assert half["positions_committed"] == 0
     assert half["bytes_per_position_total"] is None
-    assert "NOT FINISHED" in info_text(cache_info(corpus.path.parent))
+    assert "NOT FINISHED" in info_text(cache_info(cache_folder(corpus)))
 
 
 def test_damaged_records(built: tuple[Corpus, list[Position]]) -> None:
     corpus, _ = built
-    folder = corpus.path.parent / "teachers" / "done"
+    folder = cache_folder(corpus) / "teachers" / "done"
     commits = sorted((folder / "commits").iterdir())
     first, second = commits[0].read_bytes(), commits[1].read_bytes()
     commits[1].write_bytes(first)
@@ -142,13 +149,13 @@ def test_damaged_records(built: tuple[Corpus, list[Position]]) -> None:
 def test_a_teacher_of_another_corpus(built: tuple[Corpus, list[Position]], tmp_path: Path) -> None:
     corpus, _ = built
     other, _ = make_corpus(tmp_path / "other", vocab_size=V, seed=5)
-    (corpus.path.parent / "teachers").rename(other.path.parent / "teachers")
+    (cache_folder(corpus) / "teachers").rename(cache_folder(other) / "teachers")
     with pytest.raises(MismatchError, match="captured over"):
-        cache_info(other.path.parent)
+        cache_info(cache_folder(other))
 
 
 def test_the_verb(built: tuple[Corpus, list[Position]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cache = built[0].path.parent
+    cache = cache_folder(built[0])
     assert main(["info", "--cache", str(cache), "--json", str(tmp_path / "new" / "i.json")]) == 0
     printed = capsys.readouterr().out
     for word in ("held out", "bytes/position", "token_codes", "tokenizer", "source", "recipe", "settings"):

@@ -9,6 +9,7 @@ from storage_fixtures import make_corpus, make_exact
 
 from tailcache.storage.arrays import open_array, read_slice
 from tailcache.storage.errors import CorruptError
+from tailcache.storage.local_place import LocalPlace
 from tailcache.storage.objects import read_object
 
 
@@ -27,7 +28,7 @@ def test_equals_zarr(tmp_path: Path, vocab_size: int, top_k: int, num_samples: i
             slow = read_slice(array, base, base + num, lambda: "here")
             for first in range(0, num + 1, 2):
                 for last in range(first, num + 1, 3):
-                    fast = read_object(folder / spec.object_path(shard), spec, first, last, "here")
+                    fast = read_object(LocalPlace(folder), spec.object_path(shard), spec, first, last, "here")
                     assert fast.dtype == slow.dtype
                     assert fast.shape == slow[first:last].shape
                     np.testing.assert_array_equal(fast, slow[first:last])
@@ -45,15 +46,15 @@ def test_every_flipped_byte_of_what_is_read_is_refused(tmp_path: Path) -> None:
         for offset in range(len(data)):
             flip(path, offset, 1 << offset % 8)
             with pytest.raises(CorruptError, match=r"here: .* cannot be decoded"):
-                read_object(path, spec, 0, num, "here")
+                read_object(LocalPlace(path.parent), path.name, spec, 0, num, "here")
             path.write_bytes(data)
         for cut in range(0, len(data), 7):
             path.write_bytes(data[:cut])
             with pytest.raises(CorruptError, match=r"here: .* cannot be decoded"):
-                read_object(path, spec, 0, num, "here")
+                read_object(LocalPlace(path.parent), path.name, spec, 0, num, "here")
         path.unlink()
         with pytest.raises(CorruptError, match=r"here: .* cannot be decoded"):
-            read_object(path, spec, 0, num, "here")
+            read_object(LocalPlace(path.parent), path.name, spec, 0, num, "here")
 
 
 def test_slots_that_are_not_stored_are_refused(tmp_path: Path) -> None:
@@ -62,4 +63,4 @@ def test_slots_that_are_not_stored_are_refused(tmp_path: Path) -> None:
     exact.write("t")
     spec = exact.layout.fields()["log_tail"]
     with pytest.raises(CorruptError, match="chunk 1 is not stored"):
-        read_object(tmp_path / "teachers" / "t" / spec.object_path(1), spec, 0, 8, "here")
+        read_object(LocalPlace(tmp_path / "teachers" / "t"), spec.object_path(1), spec, 0, 8, "here")

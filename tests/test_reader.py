@@ -15,6 +15,7 @@ from faults import flip, swap
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from places import cache_folder
 from storage_fixtures import Exact, make_corpus, make_exact, speed_up
 
 from tailcache.storage.codec import Targets
@@ -76,7 +77,7 @@ def everything(path: Path) -> list[NDArray[Any]]:
 
 
 def test_every_access_gives_the_same_values(shared: Exact) -> None:
-    teacher = open_cache(shared.corpus.path.parent).teacher("t")
+    teacher = open_cache(cache_folder(shared.corpus)).teacher("t")
     corpus = teacher.corpus
     whole = teacher.rows(0, corpus.num_rows)
     assert teacher.layout.num_shards > 2
@@ -94,14 +95,14 @@ def test_every_access_gives_the_same_values(shared: Exact) -> None:
 @given(st.data())
 @settings(max_examples=40, deadline=None)
 def test_random_access_by_position(shared: Exact, data: st.DataObject) -> None:
-    teacher = open_cache(shared.corpus.path.parent).teacher("t")
+    teacher = open_cache(cache_folder(shared.corpus)).teacher("t")
     whole = teacher.rows(0, teacher.corpus.num_rows)
     chosen = data.draw(st.lists(st.integers(0, teacher.num_targets - 1), max_size=40))
     same(teacher.positions(np.array(chosen, np.int64)), whole[np.array(chosen, np.int64)])
 
 
 def test_values_are_those_written(shared: Exact) -> None:
-    teacher = open_cache(shared.corpus.path.parent).teacher("t")
+    teacher = open_cache(cache_folder(shared.corpus)).teacher("t")
     assert (teacher.top_k, teacher.num_samples, teacher.vocab_size) == (5, 3, 37)
     assert teacher.num_targets == shared.corpus.num_targets == len(shared.targets)
     whole = teacher.rows(0, teacher.corpus.num_rows)
@@ -113,7 +114,7 @@ def test_values_are_those_written(shared: Exact) -> None:
 
 
 def test_outside_is_an_error(shared: Exact) -> None:
-    cache = open_cache(shared.corpus.path.parent)
+    cache = open_cache(cache_folder(shared.corpus))
     teacher = cache.teacher("t")
     num_rows = cache.corpus.num_rows
     for first, last in ((-1, 1), (0, num_rows + 1), (3, 2), (num_rows, num_rows + 1)):
@@ -127,17 +128,17 @@ def test_outside_is_an_error(shared: Exact) -> None:
     with pytest.raises(NotFoundError, match="expected a teacher named 'u', found t"):
         cache.teacher("u")
     with pytest.raises(NotFoundError, match="expected a cache with a folder 'corpus'"):
-        open_cache(shared.corpus.path)
+        open_cache(cache_folder(shared.corpus) / "corpus")
     assert isinstance(NotFoundError("x"), LookupError)
 
 
 def order_of(exact: Exact, *, seed: int, epoch: int = 0) -> list[int]:
-    teacher = open_cache(exact.corpus.path.parent).teacher("t")
+    teacher = open_cache(cache_folder(exact.corpus)).teacher("t")
     return [int(rows.row_indices[0]) for rows, _ in teacher.stream(seed=seed, epoch=epoch, window_blocks=2)]
 
 
 def test_stream_visits_every_row_once(shared: Exact) -> None:
-    teacher = open_cache(shared.corpus.path.parent).teacher("t")
+    teacher = open_cache(cache_folder(shared.corpus)).teacher("t")
     seen = []
     for rows, targets in teacher.stream(seed=3):
         assert len(rows) == 1
@@ -159,7 +160,7 @@ def test_stream_is_decided_by_seed_and_epoch(shared: Exact) -> None:
 
 
 def test_stream_of_some_rows(shared: Exact) -> None:
-    teacher = open_cache(shared.corpus.path.parent).teacher("t")
+    teacher = open_cache(cache_folder(shared.corpus)).teacher("t")
     for chosen in (teacher.corpus.train_rows(), teacher.corpus.held_out_rows(), np.array([7]), np.array([9, 0])):
         seen = [int(rows.row_indices[0]) for rows, _ in teacher.stream(seed=0, rows=chosen)]
         assert sorted(seen) == sorted(chosen.tolist())
@@ -169,7 +170,7 @@ def test_stream_of_some_rows(shared: Exact) -> None:
 
 
 def test_a_stream_that_is_left_early_leaves_nothing_behind(shared: Exact) -> None:
-    teacher = open_cache(shared.corpus.path.parent).teacher("t")
+    teacher = open_cache(cache_folder(shared.corpus)).teacher("t")
     for _ in range(3):
         stream = teacher.stream(seed=0)
         next(stream)
@@ -202,7 +203,7 @@ def cut(path: Path, kept: slice) -> None:
 @pytest.mark.parametrize("field", ["token_codes", "logprob_gaps", "log_tail", "tail_sample_codes", "log_target"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_objects_name_shard_and_field(exact: Exact, field: str, damage: str) -> None:
-    path = exact.corpus.path.parent
+    path = cache_folder(exact.corpus)
     rows = exact.layout.shard_rows(1)
     others = [exact.layout.shard_rows(0), exact.layout.shard_rows(2)]
     good = [open_cache(path).teacher("t").rows(*other) for other in others]
@@ -238,7 +239,7 @@ def test_objects_of_the_same_size_that_were_exchanged_are_noticed(tmp_path: Path
 
 
 def test_an_object_that_disappears_while_reading_is_never_zeros(exact: Exact) -> None:
-    path = exact.corpus.path.parent
+    path = cache_folder(exact.corpus)
     teacher = open_cache(path).teacher("t")
     whole = teacher.rows(0, exact.corpus.num_rows)
     assert len(whole)
@@ -253,7 +254,7 @@ def test_an_object_that_disappears_while_reading_is_never_zeros(exact: Exact) ->
 @pytest.mark.slow
 def test_no_flipped_byte_is_read_as_something_else(exact: Exact) -> None:
     """Flip a byte of any file: what is read is an error of ours that says where, or the very same values."""
-    path = exact.corpus.path.parent
+    path = cache_folder(exact.corpus)
     good = everything(path)
     generator = np.random.default_rng(0)
     silent = set()
@@ -305,7 +306,7 @@ def outcome(path: Path) -> tuple[list[NDArray[Any]], TailcacheError | None]:
     ],
 )
 def test_missing_files_are_named(exact: Exact, name: str) -> None:
-    path = exact.corpus.path.parent
+    path = cache_folder(exact.corpus)
     (path / name).unlink()
     with pytest.raises(CorruptError) as caught:
         everything(path)
@@ -313,7 +314,7 @@ def test_missing_files_are_named(exact: Exact, name: str) -> None:
 
 
 def test_exchanged_records_and_arrays(exact: Exact, tmp_path: Path) -> None:
-    path = exact.corpus.path.parent
+    path = cache_folder(exact.corpus)
     folder = path / "teachers" / "t"
     for one, other, message in (
         (folder / "commits/00000000.json", folder / "commits/00000001.json", "another shard"),
@@ -341,20 +342,20 @@ def test_exchanged_records_and_arrays(exact: Exact, tmp_path: Path) -> None:
 def test_a_teacher_of_another_cache_is_refused(exact: Exact, tmp_path: Path) -> None:
     other = make_corpus(tmp_path / "other", seed=9)
     make_exact(other, shard_positions=15, chunk=4).write("t")
-    shutil.copytree(exact.corpus.path.parent / "teachers" / "t", tmp_path / "other" / "teachers" / "u")
+    shutil.copytree(cache_folder(exact.corpus) / "teachers" / "t", tmp_path / "other" / "teachers" / "u")
     with pytest.raises(MismatchError, match="captured over the corpus"):
         open_cache(tmp_path / "other").teacher("u")
     for name in ("complete.json", "commits/00000000.json"):
         target = tmp_path / "other" / "teachers" / "t" / name
         kept = target.read_bytes()
-        shutil.copy(exact.corpus.path.parent / "teachers" / "t" / name, target)
+        shutil.copy(cache_folder(exact.corpus) / "teachers" / "t" / name, target)
         with pytest.raises(CorruptError, match=Path(name).name):
             open_cache(tmp_path / "other").teacher("t").row(0)
         target.write_bytes(kept)
 
 
 def test_versions_and_formats(exact: Exact) -> None:
-    path = exact.corpus.path.parent
+    path = cache_folder(exact.corpus)
     for name, where in (("corpus/manifest.json", ()), ("teachers/t/manifest.json", ("layout",))):
         record = unseal((path / name).read_bytes(), name)
         for key, value, message in (
@@ -372,7 +373,7 @@ def test_versions_and_formats(exact: Exact) -> None:
 
 
 def test_unfinished_teachers(exact: Exact) -> None:
-    path = exact.corpus.path.parent
+    path = cache_folder(exact.corpus)
     folder = path / "teachers" / "t"
     (folder / "complete.json").unlink()
     with pytest.raises(IncompleteError, match="run the same `tailcache capture` again"):

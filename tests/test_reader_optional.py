@@ -12,6 +12,7 @@ from faults import flip, swap
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from places import cache_folder
 from storage_fixtures import (
     Exact,
     bits_of,
@@ -31,6 +32,7 @@ from tailcache.storage.errors import ConfigError, CorruptError, FormatError, Tea
 from tailcache.storage.hidden import HeadKind, HiddenKind, HiddenLayout, finite_bfloat16, hidden_float32
 from tailcache.storage.layout import Layout
 from tailcache.storage.objects import read_object
+from tailcache.storage.place import Place
 from tailcache.storage.reader import Teacher, open_cache
 from tailcache.storage.targets import TargetsWriter, plan_layout
 from tailcache.storage.verify import verify
@@ -66,7 +68,7 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def opened(exact: Exact) -> Teacher:
-    return open_cache(exact.corpus.path.parent).teacher("t")
+    return open_cache(cache_folder(exact.corpus)).teacher("t")
 
 
 def same(found: Targets, expected: Targets) -> None:
@@ -87,16 +89,16 @@ def test_what_was_written_is_read(shared: Exact) -> None:
     for name in ("hidden", "hidden_scale"):
         np.testing.assert_array_equal(getattr(found, name), getattr(shared.targets, name))
         assert getattr(found, name).dtype == getattr(shared.targets, name).dtype
-    assert verify(shared.corpus.path.parent) == []
+    assert verify(cache_folder(shared.corpus)) == []
 
 
 def test_what_is_not_asked_for_is_not_read_and_comes_back_empty(shared: Exact, monkeypatch: pytest.MonkeyPatch) -> None:
     read: set[str] = set()
     original = read_object
 
-    def noting(path: Path, spec: ArraySpec, *arguments: Any) -> NDArray[Any]:
+    def noting(place: Place, name: str, spec: ArraySpec, *arguments: Any) -> NDArray[Any]:
         read.add(spec.name)
-        return original(path, spec, *arguments)
+        return original(place, name, spec, *arguments)
 
     monkeypatch.setattr(reader_module, "read_object", noting)
     num, always = shared.corpus.num_targets, {*shared.layout.fields()} - {*BOTH, "hidden_scale"}
@@ -193,7 +195,7 @@ def test_a_head_of_many_objects(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["head_weight/c/0/0", "head_weight/zarr.json", "head_bias/c/0", "head_bias/zarr.json"])
 @pytest.mark.parametrize("damage", ["gone", "flipped", "short"])
 def test_a_damaged_head_is_named(exact: Exact, name: str, damage: str) -> None:
-    path = exact.corpus.path.parent / "teachers" / "t" / name
+    path = cache_folder(exact.corpus) / "teachers" / "t" / name
     if damage == "gone":
         path.unlink()
     elif damage == "flipped":
@@ -203,12 +205,12 @@ def test_a_damaged_head_is_named(exact: Exact, name: str, damage: str) -> None:
     with pytest.raises(CorruptError, match=name):
         opened(exact).head()
     opened(exact).rows(0, 5, optional=BOTH)  # what is asked for is whole
-    assert f"teachers/t/{name}" in {fault.path for fault in verify(exact.corpus.path.parent)}
+    assert f"teachers/t/{name}" in {fault.path for fault in verify(cache_folder(exact.corpus))}
 
 
 @pytest.mark.parametrize("field", ["log_z_tail", "hidden", "hidden_scale"])
 def test_damaged_optional_fields_are_named_by_who_reads_them(exact: Exact, field: str) -> None:
-    folder = exact.corpus.path.parent / "teachers" / "t"
+    folder = cache_folder(exact.corpus) / "teachers" / "t"
     spec = exact.layout.fields()[field]
     path, other = folder / spec.object_path(1), folder / spec.object_path(2)
     before = path.read_bytes()
@@ -243,7 +245,7 @@ def write_changed(exact: Exact, **changes: NDArray[Any]) -> list[str]:
     with TargetsWriter(exact.corpus, "t", layout=exact.layout, settings={}, head=exact.head) as writer:
         writer.write_shard(0, dataclasses.replace(targets, **changes), tail_sum)
         writer.finish()
-    return [fault.problem for fault in verify(exact.corpus.path.parent)]
+    return [fault.problem for fault in verify(cache_folder(exact.corpus))]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,6 +17,7 @@ from faults import MODES, Killed, failing_at, killed_at
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from places import cache_folder
 from storage_fixtures import (
     Exact,
     make_corpus,
@@ -56,7 +57,7 @@ def exact(tmp_path: Path, request: pytest.FixtureRequest) -> Exact:
 
 def assert_unreadable(exact: Exact, name: str) -> None:
     """A teacher that is not finished is refused; before its first file there is none."""
-    path = exact.corpus.path.parent
+    path = cache_folder(exact.corpus)
     expected = IncompleteError if (path / "teachers" / name).is_dir() else NotFoundError
     with pytest.raises(expected, match=name):
         open_cache(path).teacher(name)
@@ -66,7 +67,7 @@ def assert_unreadable(exact: Exact, name: str) -> None:
 @with_and_without_optional_fields
 @pytest.mark.parametrize("mode", ["half", "after"])  # before one operation is after the one before it
 def test_killed_at_every_write_ends_in_the_same_bytes(exact: Exact, mode: str) -> None:
-    teachers = exact.corpus.path.parent / "teachers"
+    teachers = cache_folder(exact.corpus) / "teachers"
     with killed_at(-1, mode) as counter:
         exact.write("whole")
     total = counter.count
@@ -87,7 +88,7 @@ def test_killed_at_every_write_ends_in_the_same_bytes(exact: Exact, mode: str) -
 @with_and_without_optional_fields
 def test_killed_twice_in_one_capture(exact: Exact) -> None:
     exact.write("whole")
-    teachers = exact.corpus.path.parent / "teachers"
+    teachers = cache_folder(exact.corpus) / "teachers"
     manifest = (teachers / "whole" / "manifest.json").read_bytes()
     with pytest.raises(Killed), killed_at(29, "half"):
         exact.write("broken")
@@ -104,7 +105,7 @@ def test_killed_twice_in_one_capture(exact: Exact) -> None:
 @pytest.mark.slow
 @with_and_without_optional_fields
 def test_disk_full_at_every_write_names_a_file_and_keeps_earlier_shards(exact: Exact) -> None:
-    teachers = exact.corpus.path.parent / "teachers"
+    teachers = cache_folder(exact.corpus) / "teachers"
     teachers.mkdir()
     with failing_at(-1) as counter:
         exact.write("whole")
@@ -130,7 +131,7 @@ def test_disk_full_at_every_write_names_a_file_and_keeps_earlier_shards(exact: E
 @with_and_without_optional_fields
 def test_a_failed_write_may_be_tried_again_by_the_same_writer(exact: Exact) -> None:
     exact.write("whole")
-    teachers = exact.corpus.path.parent / "teachers"
+    teachers = cache_folder(exact.corpus) / "teachers"
     (teachers / "whole").rename(teachers / "kept")
     failures = 0
     with TargetsWriter(exact.corpus, "whole", layout=exact.layout, settings={"seed": 1}, head=exact.head) as writer:
@@ -190,7 +191,7 @@ def test_real_sigkill(tmp_path: Path) -> None:
 def test_resume_is_refused_and_says_what_differs(exact: Exact) -> None:
     exact.write("t", {"dtype": "float32", "nested": {"seed": 1}})
     corpus = exact.corpus
-    before = tree(corpus.path.parent)
+    before = tree(cache_folder(corpus))
 
     def resume(layout: Any = exact.layout, chosen: dict[str, Any] | None = None) -> None:
         TargetsWriter(
@@ -214,13 +215,13 @@ def test_resume_is_refused_and_says_what_differs(exact: Exact) -> None:
         resume(chosen={"dtype": "float32", "nested": {"seed": 2}})
     with pytest.raises(MismatchError, match=r"settings.extra: stored None, asked for 1"):
         resume(chosen={"dtype": "float32", "nested": {"seed": 1}, "extra": 1})
-    assert tree(corpus.path.parent) == before
+    assert tree(cache_folder(corpus)) == before
 
 
 def test_resume_over_another_corpus_is_refused(exact: Exact, tmp_path: Path) -> None:
     exact.write("t")
     other = make_corpus(tmp_path / "other", seed=1)
-    (exact.corpus.path.parent / "teachers").rename(tmp_path / "other" / "teachers")
+    (cache_folder(exact.corpus) / "teachers").rename(tmp_path / "other" / "teachers")
     layout = plan_layout(other, top_k=5, num_samples=3, shard_positions=25, chunk=8)
     with pytest.raises(MismatchError, match="corpus_hash: stored"):
         TargetsWriter(other, "t", layout=layout, settings={"seed": 1})
@@ -250,7 +251,7 @@ def test_shards_come_in_order_and_whole(exact: Exact) -> None:
 
 def test_damage_is_found_on_resume(exact: Exact) -> None:
     exact.write("t")
-    folder = exact.corpus.path.parent / "teachers" / "t"
+    folder = cache_folder(exact.corpus) / "teachers" / "t"
     good = tree(folder)
 
     def reopen() -> None:
@@ -282,7 +283,7 @@ def test_damage_is_found_on_resume(exact: Exact) -> None:
 @with_and_without_optional_fields
 def test_finishing_twice_changes_nothing(exact: Exact) -> None:
     exact.write("t")
-    folder = exact.corpus.path.parent / "teachers" / "t"
+    folder = cache_folder(exact.corpus) / "teachers" / "t"
     good = tree(folder)
     with TargetsWriter(exact.corpus, "t", layout=exact.layout, settings={"seed": 1}, head=exact.head) as writer:
         assert writer.complete
@@ -297,7 +298,7 @@ def test_finishing_twice_changes_nothing(exact: Exact) -> None:
 
 def test_mean_tail_is_the_mean_of_the_normalised_tails(exact: Exact) -> None:
     exact.write("t")
-    mean = open_cache(exact.corpus.path.parent).teacher("t").mean_tail
+    mean = open_cache(cache_folder(exact.corpus)).teacher("t").mean_tail
     expected = sum(tail_sum for _, tail_sum in exact.shards)
     np.testing.assert_allclose(mean, np.asarray(expected) / exact.corpus.num_targets, rtol=1e-6)
     assert mean.dtype == np.float32
@@ -351,7 +352,7 @@ def test_names_that_are_no_folder_names(exact: Exact, name: str) -> None:
     with pytest.raises(ConfigError, match="teacher name"):
         TargetsWriter(exact.corpus, name, layout=exact.layout, settings={})
     with pytest.raises(ConfigError, match="teacher name"):
-        open_cache(exact.corpus.path.parent).teacher(name)
+        open_cache(cache_folder(exact.corpus)).teacher(name)
 
 
 def test_layout_attributes_roundtrip_and_reject(exact: Exact) -> None:
@@ -394,7 +395,7 @@ class CommitProtocol(RuleBasedStateMachine):
 
         self.folder = tempfile.TemporaryDirectory()
         self.exact = make_exact(make_corpus(Path(self.folder.name)), top_k=2, num_samples=0, shard_positions=15)
-        self.path = self.exact.corpus.path.parent / "teachers" / "t"
+        self.path = cache_folder(self.exact.corpus) / "teachers" / "t"
         self.open()
 
     def open(self) -> None:
@@ -442,7 +443,7 @@ class CommitProtocol(RuleBasedStateMachine):
     def readable_exactly_when_finished(self) -> None:
         if self.writer is None:
             return
-        cache = open_cache(self.exact.corpus.path.parent)
+        cache = open_cache(cache_folder(self.exact.corpus))
         if not self.finished:
             with pytest.raises(IncompleteError):
                 cache.teacher("t")

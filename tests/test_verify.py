@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from faults import Killed, flip, killed_at, swap
+from places import cache_folder
 from storage_fixtures import Exact, corpus_next, make_corpus, make_exact, speed_up, tree
 
 from tailcache.storage.errors import NotFoundError
@@ -73,7 +74,7 @@ def sampled_offsets(name: str, size: int) -> list[int]:
 
 @pytest.mark.slow
 def test_flipped_bytes_of_every_file_are_found(exact: Exact) -> None:
-    root = exact.corpus.path.parent
+    root = cache_folder(exact.corpus)
     generator = np.random.default_rng(0)
     flips = 0
     for name, data in tree(root).items():
@@ -88,7 +89,7 @@ def test_flipped_bytes_of_every_file_are_found(exact: Exact) -> None:
 
 @pytest.mark.slow
 def test_every_single_byte_of_some_files(exact: Exact) -> None:
-    root = exact.corpus.path.parent
+    root = cache_folder(exact.corpus)
     for name, step in (("teachers/t/log_tail/c/1", 1), ("teachers/t/complete.json", 4)):
         data = (root / name).read_bytes()
         for offset in range(0, len(data), step):
@@ -99,7 +100,7 @@ def test_every_single_byte_of_some_files(exact: Exact) -> None:
 
 @pytest.mark.slow
 def test_deleted_shortened_and_grown_files_are_found(exact: Exact) -> None:
-    root = exact.corpus.path.parent
+    root = cache_folder(exact.corpus)
     for name, data in tree(root).items():
         if name.endswith(".lock"):
             continue
@@ -117,7 +118,7 @@ def test_deleted_shortened_and_grown_files_are_found(exact: Exact) -> None:
 
 
 def test_added_files_are_found(exact: Exact) -> None:
-    root = exact.corpus.path.parent
+    root = cache_folder(exact.corpus)
     for name in (
         "note.txt",
         "corpus/extra",
@@ -134,7 +135,7 @@ def test_added_files_are_found(exact: Exact) -> None:
 
 
 def test_exchanged_files_are_found_with_shard_and_field(exact: Exact) -> None:
-    root = exact.corpus.path.parent
+    root = cache_folder(exact.corpus)
     folder = root / "teachers" / "t"
     pairs = [
         (folder / field / "c" / "0", folder / field / "c" / "1") for field in ("log_tail", "log_target", "tail_entropy")
@@ -155,7 +156,7 @@ def test_exchanged_files_are_found_with_shard_and_field(exact: Exact) -> None:
 
 
 def test_all_faults_are_listed(exact: Exact) -> None:
-    root = exact.corpus.path.parent
+    root = cache_folder(exact.corpus)
     damaged = [
         "corpus/tokens/c/0",
         "teachers/t/log_tail/c/1",
@@ -187,7 +188,7 @@ def test_values_that_contradict_each_other_are_found(tmp_path: Path) -> None:
 
 def test_a_corpus_whose_records_were_rewritten(exact: Exact) -> None:
     """Consistent seals over other content: the content hash tells."""
-    root = exact.corpus.path.parent
+    root = cache_folder(exact.corpus)
     path = root / "corpus" / "manifest.json"
     record = unseal(path.read_bytes(), "manifest")
     record["content"]["tokens"] = "0" * 64

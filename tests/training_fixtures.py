@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from places import cache_folder
 from tokenizer_fixtures import build_tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tailcache.storage.alignment import next_tokens, segment_ids, target_positions
 from tailcache.storage.codec import Targets
-from tailcache.storage.corpus import Corpus, CorpusWriter
+from tailcache.storage.corpus import Corpus
+from tailcache.storage.corpus_writer import CorpusWriter
 from tailcache.storage.fingerprint import fingerprint
 from tailcache.storage.reader import Teacher, open_cache
 from tailcache.storage.targets import TargetsWriter, plan_layout
@@ -147,7 +149,7 @@ def write_teacher(
             part = slice(int(offsets[0]), int(offsets[-1]))
             writer.write_shard(shard, targets[part], tail[part].sum(0).numpy())
         writer.finish()
-    return open_cache(corpus.path.parent).teacher(name)
+    return open_cache(cache_folder(corpus)).teacher(name)
 
 
 def make_cache(

@@ -79,8 +79,8 @@ class StudentConfig:
 class _Places:
     """What is read and what is written; here so that the help begins with it."""
 
-    cache: Path
-    """Folder of the cache."""
+    cache: str | Path
+    """Where the cache lies: a folder, or a URL such as s3://bucket/folder."""
 
     out: Path
     """Folder of the trained student: a plain transformers checkpoint with the corpus' tokenizer, plus

@@ -119,7 +119,7 @@ class DistillTrainer(Trainer):
         rows = corpus.train_rows() if train_rows is None else np.sort(train_rows)
         held_out = corpus.held_out_rows() if held_out_rows is None else np.sort(held_out_rows)
         if len(rows) == 0:
-            raise ConfigError(f"cache: {corpus.path.parent} has no row to train on; all {len(held_out)} are held out")
+            raise ConfigError(f"cache: {corpus.cache_place} has no row to train on; all {len(held_out)} are held out")
         train_dataset = CacheRows(teacher, rows, optional=objective.optional)
         self.sampler = ShuffledRows(train_dataset, seed=args.seed)
         self.held_out = CacheRows(teacher, held_out, kept_blocks=2)

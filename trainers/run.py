@@ -47,9 +47,9 @@ def choose_teacher(cache: Cache, name: str | None) -> Teacher:
         return cache.teacher(name)
     names = cache.teacher_names
     if not names:
-        raise NotFoundError(f"{cache.path}: expected a teacher, found none; make one with `tailcache capture`")
+        raise NotFoundError(f"{cache.place}: expected a teacher, found none; make one with `tailcache capture`")
     if len(names) > 1:
-        raise ConfigError(f"teacher: {cache.path} has several teachers; choose one of {', '.join(names)}")
+        raise ConfigError(f"teacher: {cache.place} has several teachers; choose one of {', '.join(names)}")
     return cache.teacher(names[0])
 
 

@@ -18,7 +18,8 @@ sys.path.insert(0, str(HERE.parent))
 from golden_values import decoded  # noqa: E402
 from storage_fixtures import log_softmax, make_exact, make_head, summarise  # noqa: E402
 
-from tailcache.storage.corpus import CORPUS_VERSION, Corpus, CorpusWriter  # noqa: E402
+from tailcache.storage.corpus import CORPUS_VERSION, Corpus  # noqa: E402
+from tailcache.storage.corpus_writer import CorpusWriter  # noqa: E402
 from tailcache.storage.layout import TARGETS_VERSION  # noqa: E402
 from tailcache.storage.targets import TargetsWriter, plan_layout  # noqa: E402
 
