@@ -259,7 +259,7 @@ def _count_targets(corpus: Corpus, rows: NDArray[np.int64]) -> int:
 # -- figures ----------------------------------------------------------------------------------------------------
 
 
-def _teacher_figures(label: str, path: Path, teacher: Teacher, boot: Resampled, sums: RowSums) -> TeacherFigures:
+def _teacher_figures(label: str, path: str | Path, teacher: Teacher, boot: Resampled, sums: RowSums) -> TeacherFigures:
     num = boot["positions"]
 
     def mean(name: str) -> Floats:

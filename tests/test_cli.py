@@ -109,9 +109,9 @@ def test_flags_are_stronger_than_the_file(tmp_path: Path, recorded: list[Any]) -
     )
     assert main(["prepare", "--config", str(file), "--context-length", "64", "--cache", "from/flag"]) == 0
     assert main([*("prepare", f"--config={file}")]) == 0
-    expected = PrepareConfig(cache=Path("from/flag"), source="a.jsonl", tokenizer="t", context_length=64, held_out=0.1)
+    expected = PrepareConfig(cache="from/flag", source="a.jsonl", tokenizer="t", context_length=64, held_out=0.1)
     assert recorded[0] == expected
-    assert recorded[1] == dataclasses.replace(expected, cache=Path("from/file"), context_length=128)
+    assert recorded[1] == dataclasses.replace(expected, cache="from/file", context_length=128)
 
 
 def test_a_flat_file_and_required_settings_from_either_place(
@@ -122,7 +122,7 @@ def test_a_flat_file_and_required_settings_from_either_place(
     assert main(["prepare", "--config", str(file)]) == 2
     assert "--cache" in capsys.readouterr().err
     assert main(["prepare", "--config", str(file), "--cache", "c"]) == 0
-    assert recorded == [PrepareConfig(cache=Path("c"), source="a.jsonl", tokenizer="t", packing="one-per-row")]
+    assert recorded == [PrepareConfig(cache="c", source="a.jsonl", tokenizer="t", packing="one-per-row")]
 
 
 def test_checks_run_on_what_the_file_says(tmp_path: Path, recorded: list[Any]) -> None:
