@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,8 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore
 
 from tailcache.storage.errors import CorruptError
-from tailcache.storage.place import Place
 
-__all__ = ["ArraySpec", "group_metadata", "open_array", "read_slice"]
+__all__ = ["ArraySpec", "checksum_ranges", "group_metadata", "open_array", "read_slice", "seal_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,32 +122,31 @@ class ArraySpec:
         An object ends with its index (offset and length of each chunk, and their CRC-32C), and each chunk ends with
         its own CRC-32C. Reading a chunk verifies both, but nothing in them says *which* object they belong to: an
         object put in the place of another of the same size would be read as if it were that one. Whoever compares
-        this hash with the recorded one knows, without reading the rest, that every chunk it then decodes is the one
-        that was written there.
+        this hash with the recorded one knows, without reading the rest (``objects.read_index``), that every chunk it
+        then decodes is the one that was written there.
 
         Args:
           data: the object's bytes.
         """
         index = data[max(0, len(data) - self.index_bytes) :]
-        return _seal(index, [data[last - 4 : last] for last in _chunk_ends(index, len(data))])
-
-    def chunk_seal_at(self, place: Place, name: str) -> tuple[str, int]:
-        """``chunk_seal`` of an object where it lies, from a few bytes of it, and its size.
-
-        Raises:
-          FileNotFoundError: it is not there.
-        """
-        index, size = place.read_end(name, self.index_bytes)
-        return _seal(index, place.read_ranges(name, [(last - 4, last) for last in _chunk_ends(index, size)])), size
+        return seal_of(index, [data[first:last] for first, last in checksum_ranges(index, len(data))])
 
 
-def _chunk_ends(index: bytes, size: int) -> list[int]:
-    """Where each stored chunk of an object ends; those that are not stored have the largest uint64 as their length."""
+def checksum_ranges(index: bytes, size: int) -> list[tuple[int, int]]:
+    """Where the checksums of an object's chunks lie, in the order of its index.
+
+    Args:
+      index: the object's last ``index_bytes``.
+      size: bytes of the whole object.
+    """
     entries = np.frombuffer(index[: len(index) // 16 * 16], "<u8").reshape(-1, 2).tolist()
-    return [offset + length for offset, length in entries if length >= 4 and offset + length <= size]
+    # Chunks that are not stored have the largest uint64 as their length.
+    ends = [offset + length for offset, length in entries if length >= 4 and offset + length <= size]
+    return [(end - 4, end) for end in ends]
 
 
-def _seal(index: bytes, checksums: list[bytes]) -> str:
+def seal_of(index: bytes, checksums: Sequence[bytes]) -> str:
+    """``ArraySpec.chunk_seal`` from its parts."""
     return hashlib.sha256(b"".join([index, *checksums])).hexdigest()
 
 

@@ -35,14 +35,16 @@ from tailcache.storage.errors import (
     IncompleteError,
     NotFoundError,
 )
-from tailcache.storage.objects import read_object
+from tailcache.storage.objects import ChunkTable, read_index, read_object
 from tailcache.storage.place import Location, Place, open_place
+from tailcache.storage.recent import Recent
 from tailcache.storage.sealed import MAX_BYTES, unseal
 
 __all__ = ["CORPUS_VERSION", "Corpus", "Rows", "corpus_arrays"]
 
 CORPUS_VERSION = 1
 _CHUNK, _SHARD = 1 << 16, 1 << 22
+_CHUNKS_KEPT, _TABLES_KEPT = 16, 1 << 14  # decoded chunks of at most 0.5 MB, tables of 1 KB
 _BLOCK = 1 << 20  # elements read at a time where a whole array is streamed
 
 
@@ -125,7 +127,7 @@ class Corpus:
         where = f"{self.place}/manifest.json"
         try:
             data = self.place.read_limited("manifest.json", MAX_BYTES)
-        except (FileNotFoundError, NotADirectoryError) as error:
+        except FileNotFoundError as error:
             found = self.cache_place.folders()
             if "corpus" in found and self.place.local is not None:
                 raise CorruptError(f"{where}: missing; restore it from a copy") from error
@@ -157,8 +159,9 @@ class Corpus:
             "held_out": self.num_rows,
             "token_counts": self.vocab_size,
         }
-        self._recent: dict[str, tuple[int, NDArray[Any]]] = {}
-        self._present: set[tuple[str, int]] = set()
+        self._recent: Recent[tuple[str, int], NDArray[Any]] = Recent(_CHUNKS_KEPT)
+        self._tables: Recent[str, ChunkTable] = Recent(_TABLES_KEPT)
+        self._arrays_checked: set[str] = set()
 
     @cached_property
     def _checksums(self) -> dict[str, dict[str, str]]:
@@ -184,53 +187,59 @@ class Corpus:
             raise CorruptError(
                 f"{self.place}/{name}: expected at least {last} elements, found {length}; run `tailcache verify`"
             )
-        for shard in range(first // spec.shard, -(-last // spec.shard)):
-            if (name, shard) not in self._present:
-                self._touch(spec, shard)
-                self._present.add((name, shard))
         chunk = first // spec.chunk
         if not first < last <= (chunk + 1) * spec.chunk:
             return self._decode(spec, first, last)
         # Neighbouring reads mostly fall into one chunk, which would be decoded again for each.
-        recent = self._recent.get(name)
-        if recent is None or recent[0] != chunk:
-            end = min((chunk + 1) * spec.chunk, length)
-            recent = self._recent[name] = (chunk, self._decode(spec, chunk * spec.chunk, end))
-        return recent[1][first - chunk * spec.chunk : last - chunk * spec.chunk].copy()
+        recent = self._recent.get((name, chunk))
+        if recent is None:
+            recent = self._decode(spec, chunk * spec.chunk, min((chunk + 1) * spec.chunk, length))
+            self._recent.put((name, chunk), recent)
+        return recent[first - chunk * spec.chunk : last - chunk * spec.chunk].copy()
 
     def _length(self, name: str) -> int:
         return self._lengths.get(name, self.num_tokens)
 
-    def _touch(self, spec: ArraySpec, shard: int) -> None:
-        """Before an object is first read: its array's metadata and its chunks are those that were written."""
-        metadata = f"{spec.name}/zarr.json"
-        if (spec.name, -1) not in self._present:
-            self.place.read_checked(metadata, self._checksums["files"].get(metadata))
-            self._present.add((spec.name, -1))
+    def _table(self, spec: ArraySpec, shard: int) -> ChunkTable:
+        """Where an object's chunks lie; before it is first read, they and its metadata are those that were written."""
         file = spec.object_path(shard)
+        table = self._tables.get(file)
+        if table is not None:
+            return table
+        metadata = f"{spec.name}/zarr.json"
+        if spec.name not in self._arrays_checked:
+            self.place.read_checked(metadata, self._checksums["files"].get(metadata))
+            self._arrays_checked.add(spec.name)
         try:
-            found, size = spec.chunk_seal_at(self.place, file)
-        except (FileNotFoundError, NotADirectoryError):
+            index = read_index(self.place, file, spec)
+        except FileNotFoundError:
             raise CorruptError(
                 f"{self.place}/{file}: missing; run `tailcache verify`, then restore it from a copy"
             ) from None
         expected = self._checksums["chunks"].get(file)
-        if expected is not None and found != expected:
+        try:
+            if expected is not None and index.seal != expected:
+                raise ValueError(f"its chunks' checksums give {index.seal}, not {expected}")
+            table = index.table(spec)
+        except ValueError as error:
             raise CorruptError(
-                f"{self.place}/{file}: not the object that was written there; run `tailcache verify`, then restore it "
-                "from a copy"
-            )
+                f"{self.place}/{file}: not the object that was written there ({error}); run `tailcache verify`, then "
+                "restore it from a copy"
+            ) from error
         if file in self._checksums["files"]:
-            self.place.expect(file, self._checksums["files"][file], size)
+            self.place.expect(file, self._checksums["files"][file], index.size)
+        self._tables.put(file, table)
+        return table
 
     def _decode(self, spec: ArraySpec, first: int, last: int) -> NDArray[Any]:
         where = f"corpus {self.place}, {spec.name}[{first}:{last}]"
-        parts = []
-        for shard in range(first // spec.shard, max(first // spec.shard + 1, -(-last // spec.shard))):
+        parts = [np.empty(0, spec.dtype)]
+        for shard in range(first // spec.shard, -(-last // spec.shard)):
             begin = shard * spec.shard
             a, b = max(first, begin) - begin, min(last, begin + spec.shard) - begin
-            parts.append(read_object(self.place, spec.object_path(shard), spec, a, b, where))
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+            table = self._table(spec, shard)
+            parts.append(read_object(self.place, spec.object_path(shard), spec, a, b, where, table))
+        return parts[1] if len(parts) == 2 else np.concatenate(parts)
 
     def stream(self, name: str) -> Iterator[NDArray[Any]]:
         """A whole array, in pieces of bounded size."""

@@ -55,10 +55,10 @@ def named(path: Path, doing: str, *, may_miss: bool = False) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, TailcacheError) or (
-            may_miss and isinstance(error, FileNotFoundError | NotADirectoryError)
-        ):
+        if isinstance(error, TailcacheError) or (may_miss and isinstance(error, FileNotFoundError)):
             raise
+        if may_miss and isinstance(error, NotADirectoryError):  # a file where a folder would be: nothing is below it
+            raise FileNotFoundError(error.errno, error.strerror, str(path)) from error
         remedy = {
             errno.ENOSPC: "free some space and run the same command again; what is committed stays good",
             errno.EDQUOT: "raise the quota and run the same command again; what is committed stays good",

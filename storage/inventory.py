@@ -61,7 +61,7 @@ def teacher_inventory(corpus: Corpus, name: str) -> TeacherInventory:
     place = corpus.cache_place / "teachers" / check_name(name)
     try:
         data = place.read_limited("manifest.json", MAX_BYTES)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         raise NotFoundError(
             f"{place}: expected a teacher with a manifest, found none; its capture has not committed anything yet"
         ) from None

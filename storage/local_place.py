@@ -72,7 +72,7 @@ class LocalPlace(Place):
         try:
             with durable.named(path, "looking at", may_miss=True):
                 return path.stat().st_size if path.is_file() else None
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return None
 
     def write(self, name: str, data: bytes | memoryview) -> None:

@@ -1,15 +1,17 @@
-"""Read slots of one shard object: the hot path of training, without zarr-python's scheduling.
+"""Read slots of shard objects, wherever they lie, without zarr-python's scheduling.
 
 What zarr-python does for such a read is four calls of numcodecs and one NumPy copy per chunk; its asynchronous
 pipeline takes twice as long around them (``scripts/bench_reader.py``). So the same calls are made here directly. That
-both read the same values is tested, and anything but this hot path goes through zarr-python.
+both read the same values is tested.
 
 An object is the chunks, in any order, and then an index: (offset, length) of each chunk as little-endian uint64, and
-the index' CRC-32C. Each chunk is blosc(bytes(transpose(values))) and its own CRC-32C.
+the index' CRC-32C. Each chunk is blosc(bytes(transpose(values))) and its own CRC-32C. Whoever reads an object again
+keeps its table of chunks; a read is then one call for the bytes of the wanted chunks and no others.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,17 +19,54 @@ from numcodecs import blosc
 from numcodecs.checksum32 import CRC32C
 from numpy.typing import NDArray
 
-from tailcache.storage.arrays import ArraySpec
+from tailcache.storage.arrays import ArraySpec, checksum_ranges, seal_of
+from tailcache.storage.chunk_bounds import ABSENT, blosc_problem, parse_index
 from tailcache.storage.errors import CorruptError, StorageError
+from tailcache.storage.limits import chunk_bytes
 from tailcache.storage.place import Place
 
-__all__ = ["read_object"]
+__all__ = ["ChunkTable", "ObjectIndex", "read_array", "read_index", "read_object"]
 
-_ABSENT = (1 << 64) - 1
+ChunkTable = NDArray[np.uint64]
+"""[chunks, 2]: offset and length of each chunk of an object."""
 _crc32c = CRC32C(location="end")
 
 
-def read_object(place: Place, name: str, spec: ArraySpec, first: int, last: int, where: str) -> NDArray[Any]:
+@dataclass(frozen=True, slots=True)
+class ObjectIndex:
+    """What an object says of its chunks; not trusted yet."""
+
+    stored: bytes
+    """The index as it lies on disk, checksum included."""
+    size: int
+    """Bytes of the object."""
+    seal: str
+    """``ArraySpec.chunk_seal`` of the object."""
+
+    def table(self, spec: ArraySpec) -> ChunkTable:
+        """Where the chunks lie, checked to be within the object.
+
+        Raises:
+          ValueError: cut short, a checksum that does not match, or a chunk elsewhere.
+        """
+        return parse_index(self.stored, self.size, spec)
+
+
+def read_index(place: Place, name: str, spec: ArraySpec) -> ObjectIndex:
+    """The index of an object and the hash that binds it to its place, from a few bytes of it.
+
+    Raises:
+      FileNotFoundError: there is no such object.
+
+    Cost: two calls of the place.
+    """
+    stored, size = place.read_end(name, spec.index_bytes)
+    return ObjectIndex(stored, size, seal_of(stored, place.read_ranges(name, checksum_ranges(stored, size))))
+
+
+def read_object(
+    place: Place, name: str, spec: ArraySpec, first: int, last: int, where: str, table: ChunkTable | None = None
+) -> NDArray[Any]:
     """Decode slots ``first`` to ``last`` (half-open, within the shard) of one object.
 
     Args:
@@ -37,6 +76,7 @@ def read_object(place: Place, name: str, spec: ArraySpec, first: int, last: int,
       first: first slot.
       last: one past the last slot.
       where: what to call this in an error.
+      table: of the object, where it is known; else it is read.
 
     Returns:
       [last - first] or [last - first, columns], of the array's type.
@@ -44,26 +84,29 @@ def read_object(place: Place, name: str, spec: ArraySpec, first: int, last: int,
     Raises:
       CorruptError: the file is missing or short, a checksum does not match, or a slot is not stored.
 
-    Cost: two reads, of the index and of the chunks that are needed.
+    Cost: one call of the place for the chunks that are needed, and one for the table; holds the stored bytes of these
+    chunks, and one decoded chunk, beside the result.
     """
     trailing = () if spec.columns is None else (spec.columns,)
     out = np.empty((last - first, *trailing), np.dtype(spec.dtype))
     if last <= first:
         return out
     try:
-        index = _parse_index(place.read_end(name, spec.index_bytes)[0], spec)
-        chunks = range(first // spec.chunk, -(-last // spec.chunk))
+        if table is None:
+            table = parse_index(*place.read_end(name, spec.index_bytes), spec)
+        begin, end = first // spec.chunk, -(-last // spec.chunk)
         ranges = []
-        for chunk in chunks:
-            offset, length = (int(value) for value in index[chunk])
-            if offset == _ABSENT:
+        for chunk, (offset, length) in enumerate(table[begin:end].tolist(), begin):
+            if offset == ABSENT:
                 raise ValueError(f"chunk {chunk} is not stored")
             ranges.append((offset, offset + length))
-        for chunk, (a, b), stored in zip(chunks, ranges, place.read_ranges(name, ranges), strict=True):
+        if len(ranges) < end - begin:
+            raise ValueError(f"expected at least {end} chunks, found {len(table)}")
+        for chunk, (a, b), stored in zip(range(begin, end), ranges, place.read_ranges(name, ranges), strict=True):
             values = _decode_chunk(stored, b - a, spec)
-            begin = chunk * spec.chunk
-            low, high = max(first, begin), min(last, begin + spec.chunk)
-            out[low - first : high - first] = values[low - begin : high - begin]
+            start = chunk * spec.chunk
+            low, high = max(first, start), min(last, start + spec.chunk)
+            out[low - first : high - first] = values[low - start : high - start]
     except StorageError:
         raise
     except (OSError, ValueError, RuntimeError, OverflowError, IndexError) as error:
@@ -74,17 +117,27 @@ def read_object(place: Place, name: str, spec: ArraySpec, first: int, last: int,
     return out
 
 
-def _parse_index(stored: bytes, spec: ArraySpec) -> NDArray[np.uint64]:
-    if len(stored) != spec.index_bytes:
-        raise ValueError(f"expected an index of {spec.index_bytes} bytes, found {len(stored)}")
-    return np.frombuffer(_crc32c.decode(stored), "<u8").reshape(-1, 2)
+def read_array(place: Place, spec: ArraySpec, length: int, where: str) -> NDArray[Any]:
+    """All of an array: [length] or [length, columns]; one object at a time beside the result.
+
+    Raises:
+      CorruptError: an object is missing or damaged.
+    """
+    values = np.empty((length,) if spec.columns is None else (length, spec.columns), spec.dtype)
+    for number in range(spec.num_objects(length)):
+        part = values[number * spec.shard : (number + 1) * spec.shard]
+        part[:] = read_object(place, spec.object_path(number), spec, 0, len(part), where)
+    return values
 
 
 def _decode_chunk(stored: bytes, length: int, spec: ArraySpec) -> NDArray[Any]:
     if len(stored) != length:
         raise ValueError(f"expected a chunk of {length} bytes, found {len(stored)}")
-    raw = blosc.decompress(_crc32c.decode(stored))
-    values = np.frombuffer(raw, np.dtype(spec.dtype).newbyteorder("<"))
+    payload = _crc32c.decode(stored)
+    problem = blosc_problem(payload, chunk_bytes(spec))
+    if problem:
+        raise ValueError(problem)
+    values = np.frombuffer(blosc.decompress(payload), np.dtype(spec.dtype).newbyteorder("<"))
     if spec.columns is None:
         return values.reshape(spec.chunk)
     return values.reshape(spec.columns, spec.chunk).T if spec.column_major else values.reshape(spec.chunk, spec.columns)

@@ -8,7 +8,6 @@ field; it is never read as zeros.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,15 +24,17 @@ from tailcache.storage.durable import sha256
 from tailcache.storage.errors import ConfigError, CorruptError, IncompleteError, MismatchError, NotFoundError
 from tailcache.storage.hidden import StoredHead
 from tailcache.storage.layout import Layout, check_name, commit_path
-from tailcache.storage.objects import read_object
+from tailcache.storage.objects import ChunkTable, read_array, read_index, read_object
 from tailcache.storage.order import shuffled_windows
 from tailcache.storage.place import Location, Place, open_place
+from tailcache.storage.recent import Recent
 from tailcache.storage.sealed import MAX_BYTES, unseal
 from tailcache.storage.targets import load_codec
 
 __all__ = ["Cache", "StoredHead", "Teacher", "open_cache"]
 
 _READ_THREADS = 2
+_TABLE_MEMORY = 64 << 20  # bytes of objects' tables of chunks that are kept
 _MAX_GAP_ROWS = 8  # rows read and dropped rather than starting another read
 
 
@@ -118,12 +119,13 @@ class Teacher:
         self.hidden_width = 0 if hidden is None else hidden.width
         self._fields = self.layout.fields()
         self.optional = tuple(name for name in OPTIONAL if name in self._fields)
-        self._checked: set[tuple[int, str]] = set()
+        table_bytes = 1000 + next(iter(self._fields.values())).index_bytes
+        self._tables: Recent[tuple[int, str], ChunkTable] = Recent(max(64, _TABLE_MEMORY // table_bytes))
 
     def _manifest_bytes(self) -> bytes:
         try:
             return self.place.read_limited("manifest.json", MAX_BYTES)
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             pass
         if self.place.exists("complete.json") or any(self.place.files("commits")):
             raise CorruptError(f"{self.place}/manifest.json: missing; restore it from a copy")
@@ -179,14 +181,9 @@ class Teacher:
         """A constant of any number of objects, each against its hash; one object at a time beside the result."""
         spec, length = self.layout.constants()[name], self.layout.constant_length(name)
         known = {**self.manifest["files"], **self.complete["files"]}
-        self.place.read_checked(f"{name}/zarr.json", known.get(f"{name}/zarr.json"))
-        values = np.empty((length,) if spec.columns is None else (length, spec.columns), spec.dtype)
-        for number in range(spec.num_objects(length)):
-            file = spec.object_path(number)
+        for file in (f"{name}/zarr.json", *map(spec.object_path, range(spec.num_objects(length)))):
             self.place.read_checked(file, known.get(file))
-            part = values[number * spec.shard : (number + 1) * spec.shard]
-            part[:] = read_object(self.place, file, spec, 0, len(part), f"teacher {self.name!r}, {name}")
-        return values
+        return read_array(self.place, spec, length, f"teacher {self.name!r}, {name}")
 
     @cached_property
     def _shard_starts(self) -> NDArray[np.int64]:
@@ -204,7 +201,7 @@ class Teacher:
         name = commit_path(shard)
         try:
             data = self.place.read_limited(name, MAX_BYTES)
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             raise CorruptError(
                 f"{self.place}/{name}: missing, though the capture was complete; restore it from a copy"
             ) from None
@@ -230,37 +227,46 @@ class Teacher:
         also = {*optional, "hidden_scale"} if "hidden" in optional else set(optional)
         return [name for name in self._fields if name not in (*OPTIONAL, "hidden_scale") or name in also]
 
-    def _touch(self, shard: int, names: list[str]) -> None:
-        if all((shard, name) in self._checked for name in names):
-            return
-        files = self.commit(shard)["files"]
-        for name in names:
-            spec = self._fields[name]
-            file = spec.object_path(shard)
-            entry = files.get(file, {})
-            expected = entry.get("bytes")
-            where = f"teacher {self.name!r}, shard {shard}, field {name}"
-            if entry:
-                self.place.expect(file, entry["sha256"], entry["bytes"])
-            seal: str | None = None
-            found: int | None = None
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                seal, found = spec.chunk_seal_at(self.place, file)
-            if expected != found:
-                raise CorruptError(
-                    f"{where}: expected {self.place}/{file} to have {expected} bytes, found "
-                    f"{'no file' if found is None else found}; restore it from a copy or capture again"
-                )
-            if entry and seal != entry["chunks"]:
-                raise CorruptError(
-                    f"{where}: {self.place}/{file} is not the object that was committed; restore it from a copy or "
-                    "capture again"
-                )
-        self._checked.update((shard, name) for name in names)
+    def _touch(self, shard: int, names: list[str]) -> dict[str, ChunkTable]:
+        """The tables of a shard's objects; before one is first used, it is the one that was committed."""
+        tables = {name: self._tables.get((shard, name)) for name in names}
+        if any(table is None for table in tables.values()):
+            files = self.commit(shard)["files"]
+            for name in (name for name in names if tables[name] is None):
+                table = self._committed(shard, name, files.get(self._fields[name].object_path(shard)))
+                self._tables.put((shard, name), table)
+                tables[name] = table
+        return {name: table for name, table in tables.items() if table is not None}
+
+    def _committed(self, shard: int, name: str, entry: dict[str, Any] | None) -> ChunkTable:
+        spec = self._fields[name]
+        file = spec.object_path(shard)
+        if entry is None:  # a shard without targets has no objects
+            return np.empty((0, 2), np.uint64)
+        where = f"teacher {self.name!r}, shard {shard}, field {name}"
+        self.place.expect(file, entry["sha256"], entry["bytes"])
+        try:
+            index = read_index(self.place, file, spec)
+        except FileNotFoundError:
+            index = None
+        if index is None or index.size != entry["bytes"]:
+            raise CorruptError(
+                f"{where}: expected {self.place}/{file} to have {entry['bytes']} bytes, found "
+                f"{'no file' if index is None else index.size}; restore it from a copy or capture again"
+            )
+        try:
+            if index.seal != entry["chunks"]:
+                raise ValueError(f"its chunks' checksums give {index.seal}, not {entry['chunks']}")
+            return index.table(spec)
+        except ValueError as error:
+            raise CorruptError(
+                f"{where}: {self.place}/{file} is not the object that was committed ({error}); restore it from a copy "
+                "or capture again"
+            ) from error
 
     def _slots(self, shard: int, first: int, last: int, names: list[str]) -> Targets:
         """Decode slots ``first`` to ``last`` (within the shard) of some fields."""
-        self._touch(shard, names)
+        tables = self._touch(shard, names)
         codec = self._codec
         stored = {
             name: read_object(
@@ -270,6 +276,7 @@ class Teacher:
                 first,
                 last,
                 f"teacher {self.name!r}, shard {shard}, field {name}",
+                tables[name],
             )
             for name in names
         }
