@@ -30,7 +30,8 @@ __all__ = ["PIECE", "Bucket", "Piece", "version_of"]
 
 _T = TypeVar("_T")
 PIECE = 16 << 20
-"""Bytes of the largest request, reading and writing."""
+"""Bytes of the largest request for reading."""
+_PART = 16 << 20  # bytes of the largest request for writing; S3 takes no less than 5 MiB
 _PARALLEL = 8
 _CLOCK_SECONDS = 300.0  # how long a look at the store's clock is good for
 _CREDENTIALS = {
@@ -159,7 +160,7 @@ class Bucket:
             return None
         if "NoSuchBucket" in str(error):
             return Failure(kind="permanent", text=text, remedy=f"make the bucket {self.url()}, or correct its name")
-        if "169.254.169.254" in text or "metadata.google" in text:
+        if re.search(r"latest/(api/token|meta-data)|metadata\.google|169\.254\.169\.254", text):
             return Failure(kind="transient", text=f"no credentials found ({text})", remedy=credentials)
         status = re.search(r"status code: (\d{3})", text)
         if status is None or status[1] in _PASSING_STATUS or (status[1].startswith("5") and status[1] != "501"):
@@ -260,11 +261,11 @@ class Bucket:
 
     def put(self, key: str, data: bytes | memoryview) -> None:
         """Write an object, or replace it."""
-        if len(data) <= PIECE:
+        if len(data) <= _PART:
             self.attempt(lambda _: self.obs.put(self.writing, key, data, use_multipart=False), key, "writing")
             return
         self.attempt(
-            lambda _: self.obs.put(self.sending_parts, key, data, chunk_size=PIECE, max_concurrency=4), key, "writing"
+            lambda _: self.obs.put(self.sending_parts, key, data, chunk_size=_PART, max_concurrency=4), key, "writing"
         )
 
     def put_if(self, key: str, data: bytes | memoryview, mode: Any, *, patient: bool = True) -> Any | None:
@@ -330,6 +331,12 @@ def _client_options(kind: str) -> dict[str, Any]:
     for name in ("allow_http", "allow_invalid_certificates"):
         if os.environ.get(f"{prefix}_{name.upper()}", "").lower() in ("1", "true", "yes", "on"):
             options[name] = True
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT") if kind == "s3" else ():
+        if os.environ.get(name, "").lower().startswith("http://") and "allow_http" not in options:
+            raise ConfigError(
+                f"environment variable {name}: expected https, found {os.environ[name]}; set AWS_ALLOW_HTTP=true where "
+                "plain http is meant"
+            )
     if kind == "s3" and os.environ.get("AWS_CA_BUNDLE"):
         try:
             options["root_certificate"] = Path(os.environ["AWS_CA_BUNDLE"]).read_bytes()
@@ -362,7 +369,6 @@ def _summary(error: Exception) -> str:
         ("ConnectionReset", "the connection was reset"),
         ("IncompleteMessage", "the connection ended without an answer"),
         ("IncompleteBody", "the connection ended within the answer"),
-        ("URL scheme is not allowed", "plain http is not allowed unless the variable …_ALLOW_HTTP is true"),
     ):
         if sign in details:
             return f"{text[:400]} ({meaning})"

@@ -296,7 +296,7 @@ def _judge(error: Exception, patience: Patience) -> Failure | None:
         return Failure(kind="permanent", text=text, remedy=remedy)
     if isinstance(status, int) and 400 <= status < 500 and status not in _PASSING_STATUS:
         return Failure(kind="permanent", text=text, remedy="check the URL and the settings of its file system")
-    network = type(error).__module__.partition(".")[0] in ("httpx", "httpcore", "aiohttp", "requests", "urllib3")
+    network = type(error).__module__.startswith(("httpx", "httpcore", "aiohttp", "requests", "urllib3"))
     if isinstance(status, int) or network or isinstance(error, _Short | OSError | EOFError):
         return Failure(
             kind="transient",

@@ -79,7 +79,7 @@ class Patience:
         """
         start = time.monotonic()
         failed = 0
-        pause = min(0.1, max(0.01, self.seconds / 50))
+        pause = min(0.05, max(0.01, self.seconds / 50))
         while True:
             try:
                 return action(failed)
