@@ -14,6 +14,8 @@ def run(config: CaptureConfig) -> None:
     report = capture(config)
     if report.resumed_shards:
         print(f"continued after {report.resumed_shards} of {report.num_shards} committed shards")
+    if report.other_shards:
+        print(f"{report.other_shards} of {report.num_shards} shards were captured by other processes meanwhile")
     rate = report.positions / report.seconds if report.seconds else 0.0
     print(
         f"captured {config.name}: {report.positions:,} positions in {report.seconds:.1f} s ({rate:,.0f} positions/s), "

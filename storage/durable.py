@@ -179,12 +179,17 @@ def lock_folder(folder: Path) -> int:
 
 
 def remove_tree(path: Path) -> None:
-    """Delete a file or a folder with all it holds; fine if it is not there."""
+    """Delete a file or a folder with all it holds; fine if it is not there, or if others delete it too."""
     with named(path, "deleting"):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        while path.is_dir() and not path.is_symlink():
+            try:
+                shutil.rmtree(path)
+            except FileNotFoundError:  # another process was there first
+                continue
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY:  # another process has made a file meanwhile
+                    raise
+        path.unlink(missing_ok=True)
 
 
 def sweep_temporary(folder: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tailcache.storage.commits import committed_shards
 from tailcache.storage.corpus import Corpus
 from tailcache.storage.durable import sha256
 from tailcache.storage.errors import CorruptError, MismatchError, NotFoundError
@@ -29,6 +30,7 @@ class TeacherInventory:
     layout: Layout
     complete: bool
     committed_shards: int
+    """How many; they may be any, in any order."""
     positions: int
     """Target positions of the committed shards."""
     field_bytes: dict[str, int]
@@ -76,23 +78,23 @@ def teacher_inventory(corpus: Corpus, name: str) -> TeacherInventory:
     field_bytes = dict.fromkeys(layout.fields(), 0)
     record_bytes = len(data) + sum((place.size(file) or 0) for file in manifest["files"] if file.endswith("zarr.json"))
     record_bytes += place.size("complete.json") or 0
-    committed = positions = 0
-    while committed < layout.num_shards and place.exists(commit_path(committed)):
-        raw = place.read_limited(commit_path(committed), MAX_BYTES)
-        commit = unseal(raw, f"{place}/{commit_path(committed)}")
-        if commit["shard"] != committed or commit["manifest"] != seal:
+    committed = committed_shards(place, layout)
+    positions = 0
+    for shard in committed:
+        raw = place.read_limited(commit_path(shard), MAX_BYTES)
+        commit = unseal(raw, f"{place}/{commit_path(shard)}")
+        if commit["shard"] != shard or commit["manifest"] != seal:
             raise CorruptError(
-                f"{place}/{commit_path(committed)}: belongs to another shard or capture; restore the right one from "
-                "a copy"
+                f"{place}/{commit_path(shard)}: belongs to another shard or capture; restore the right one from a copy"
             )
         for file, entry in commit["files"].items():
             field_bytes[file.split("/")[0]] += entry["bytes"]
         positions += commit["positions"]
         record_bytes += len(raw)
-        committed += 1
-    if complete and committed < layout.num_shards:
+    missing = sorted(set(range(layout.num_shards)) - set(committed))
+    if complete and missing:
         raise CorruptError(
-            f"{place}/{commit_path(committed)}: missing, though the capture was complete; restore it from a copy"
+            f"{place}/{commit_path(missing[0])}: missing, though the capture was complete; restore it from a copy"
         )
     return TeacherInventory(
         name=name,
@@ -100,7 +102,7 @@ def teacher_inventory(corpus: Corpus, name: str) -> TeacherInventory:
         manifest=manifest,
         layout=layout,
         complete=complete,
-        committed_shards=committed,
+        committed_shards=len(committed),
         positions=positions,
         field_bytes=field_bytes,
         constant_bytes={

@@ -11,7 +11,7 @@
       log_z_tail              [S, n] float32    optional
       hidden                  [S, D] uint16/int8, and for int8 hidden_scale [S] float32    optional
       head_weight, head_bias  [V, D], [V]       constants, with ``hidden``
-      mean_tail               [V] float32       constant, written when the last shard is in
+      mean_tail               [V] float32       constant, written when the last shard is in; also as mean_tail_copy
       manifest.json           sealed: settings, provenance, checksums of metadata and constants
       commits/SHARD.json      sealed: a shard exists if and only if its commit record does
       complete.json           sealed: the capture is finished
@@ -47,8 +47,8 @@ __all__ = [
 ]
 
 TARGETS_FORMAT = "tailcache targets"
-TARGETS_VERSION = 1
-READABLE_VERSIONS = (1,)
+TARGETS_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 _CONSTANT_SHARD, _CONSTANT_CHUNK = 1 << 22, 1 << 16
 _NOISE_LEVEL = 1  # of the compressor, for what is nearly noise: more would cost time and save nothing
 _SIZES = (
@@ -209,6 +209,8 @@ class Layout:
             "logprob_levels": spec("logprob_levels", "float32", "nats, minus log-probability of each level"),
             "mean_tail": spec("mean_tail", "float32", "probability, mean of the normalised tails over all positions"),
         }
+        if self.format_version >= 2:  # no shard can make it again, so it is there twice
+            constants["mean_tail_copy"] = spec("mean_tail_copy", "float32", "the same as mean_tail, for repair")
         if self.hidden is not None:
             rows = max(1, _CONSTANT_CHUNK // self.hidden.width)
             constants["head_weight"] = ArraySpec(

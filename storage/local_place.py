@@ -88,7 +88,12 @@ class LocalPlace(Place):
     def files(self, below: str = "") -> Iterator[tuple[str, int]]:
         """Names and sizes of all files below a folder; also of links, which a cache never has."""
         top = self._folder / below
-        for path in sorted(p for p in top.rglob("*") if p.is_symlink() or p.is_file()):
+        found = []
+        with durable.named(top, "listing"):
+            for folder, folders, names in os.walk(top, onerror=_unless_gone):
+                links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+                found += [Path(folder, name) for name in (*names, *links)]
+        for path in sorted(found):
             with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
                 yield path.relative_to(self._folder).as_posix(), path.lstat().st_size
 
@@ -113,10 +118,13 @@ class LocalPlace(Place):
     def claim(self, name: str) -> Claim | None:
         """Lock a file of that name; the system takes the lock back when the process dies."""
         path = self._folder / name
-        durable.make_folder(path.parent)
         while True:
-            with durable.named(path, "opening"):
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            durable.make_folder(path.parent)
+            try:
+                with durable.named(path, "opening", may_miss=True):
+                    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            except FileNotFoundError:  # its folder was deleted just now
+                continue
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 same = os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path))
@@ -131,6 +139,11 @@ class LocalPlace(Place):
             if same:
                 return _Lock(path, descriptor)
             os.close(descriptor)  # whoever had it deleted the file on releasing it: lock the new one
+
+
+def _unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # deleted meanwhile
+        raise error
 
 
 class _Lock:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tailcache.storage.codec import OPTIONAL, Targets
+from tailcache.storage.commits import load_codec
 from tailcache.storage.corpus import Corpus, Rows
 from tailcache.storage.durable import sha256
 from tailcache.storage.errors import ConfigError, CorruptError, IncompleteError, MismatchError, NotFoundError
@@ -29,7 +30,6 @@ from tailcache.storage.order import shuffled_windows
 from tailcache.storage.place import Location, Place, open_place
 from tailcache.storage.recent import Recent
 from tailcache.storage.sealed import MAX_BYTES, unseal
-from tailcache.storage.targets import load_codec
 
 __all__ = ["Cache", "StoredHead", "Teacher", "open_cache"]
 

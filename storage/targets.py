@@ -1,38 +1,49 @@
-"""Write one teacher's targets, shard by shard, so that a crash anywhere costs one shard at most.
+"""Write one teacher's targets: shards in any order, by any number of processes, killed at any time.
 
-The protocol: write a shard's objects, read them back and compare, write its commit record. A shard exists if
-and only if its commit record does. Everything is deterministic and nothing carries a time, so an interrupted
-capture that is run again ends in the same bytes as one that was never interrupted.
-
-The sum of the teacher's tail distributions is carried from shard to shard in ``partial/``, one file per commit,
-and becomes ``mean_tail`` when the last shard is in.
+The protocol: claim a shard, write its objects, read them back and compare, write the sum of its tails, then create its
+commit record. A shard exists if and only if its commit record does. Who has the first shard also writes metadata and
+constants, and then the manifest, without which no other shard can be encoded. When all shards are committed, one
+process adds the sums in the order of the shards and writes the mean tail and ``complete.json``. Everything is
+deterministic and nothing carries a time, so the bytes do not show how many processes there were or what stopped them.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import os
-from collections.abc import Sequence
-from pathlib import Path
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tailcache.storage import durable
-from tailcache.storage.arrays import group_metadata
-from tailcache.storage.codec import Codec, Targets, logprob_levels, vocabulary_order
+from tailcache.storage.codec import Codec, Targets, logprob_levels
+from tailcache.storage.commits import (
+    commit_chain,
+    commit_record,
+    committed_shards,
+    complete_record,
+    constant_objects,
+    encode_shard,
+    first_constants,
+    load_codec,
+    mean_tail_objects,
+    metadata_files,
+    read_tail_sum,
+    tail_sum_bytes,
+    tail_sum_path,
+)
 from tailcache.storage.corpus import Corpus
+from tailcache.storage.durable import TEMPORARY, sha256
 from tailcache.storage.errors import ConfigError, CorruptError, MismatchError, StorageError
 from tailcache.storage.hidden import HiddenLayout, StoredHead
 from tailcache.storage.layout import Layout, check_name, check_temperatures, commit_path
-from tailcache.storage.local_place import LocalPlace
-from tailcache.storage.objects import read_object
-from tailcache.storage.place import Place
+from tailcache.storage.place import Claim
 from tailcache.storage.sealed import seal, unseal
 
-__all__ = ["Targets", "TargetsWriter", "commit_chain", "load_codec", "plan_layout"]
+__all__ = ["Targets", "TargetsWriter", "plan_layout"]
+
+_PAUSES = (0.05, 3.0)
+"""Seconds between two looks at what other processes do: at first, and at most."""
 
 
 def plan_layout(
@@ -97,7 +108,11 @@ def plan_layout(
 
 
 class TargetsWriter:
-    """Create or continue ``CACHE/teachers/NAME``.
+    """Create, continue or help with ``CACHE/teachers/NAME``.
+
+        for shard in writer.shards():
+            writer.write_shard(shard, *targets_of(shard))
+        writer.finish()
 
     Args:
       corpus: the corpus whose positions are covered.
@@ -108,8 +123,17 @@ class TargetsWriter:
       provenance: what else should be known of how it was made; deterministic JSON values.
       head: the teacher's head where the layout has hidden states, none otherwise.
 
+    Attributes:
+      place: where the teacher lies.
+      layout: as given.
+      committed: the committed shards, also those that others committed, as far as is known.
+      positions: of the committed shards.
+      positions_of_others: those that are not this writer's own work.
+      bytes_written: size of the objects of the committed shards.
+      complete: the capture is finished.
+
     Raises:
-      MismatchError: a capture of this name exists with other settings, or another process is writing it.
+      MismatchError: a capture of this name exists with other settings, or was begun in an earlier format version.
       CorruptError: what is there is damaged.
     """
 
@@ -127,9 +151,7 @@ class TargetsWriter:
         if layout.hidden != given or (head is not None and len(head.weight) != layout.vocab_size):
             rows = 0 if head is None else len(head.weight)
             raise ValueError(f"expected a head as the layout has it, {layout.hidden}, found {given} of {rows} tokens")
-        local = corpus.cache_place.local
-        assert local is not None
-        self.path = local / "teachers" / check_name(name)
+        self.place = corpus.cache_place / "teachers" / check_name(name)
         self.layout = layout
         self._corpus = corpus
         self._head = head
@@ -140,272 +162,313 @@ class TargetsWriter:
             "settings": settings,
         }
         self._provenance = provenance or {}
-        durable.make_folder(self.path.parent)
-        self._lock = _lock(self.path)
-        try:
-            self._manifest_seal, self._codec = self._resume()
-            self.num_committed, self.bytes_written = self._count_commits() if self._manifest_seal else (0, 0)
-            self.complete = self._check_complete()
-            self._tail_sum = self._load_tail_sum()
-        except BaseException:
-            self.close()
-            raise
+        self._manifest_seal = ""
+        self._codec: Codec | None = None
+        self._claims: dict[int, Claim] = {}
+        self._state = threading.Lock()  # shards are taken in one thread and written in another
+        self._changed = threading.Event()
+        self.committed: set[int] = set()
+        self.positions = self.positions_of_others = self.bytes_written = 0
+        self.complete = False
+        if not self.started:
+            self._expect_nothing()
+        self.refresh()
+        self._check_complete()
 
     # -- what is there already ---------------------------------------------------------------------------------
 
-    def _resume(self) -> tuple[str, Codec | None]:
-        manifest_path = self.path / "manifest.json"
-        if not manifest_path.is_file():
-            if (self.path / commit_path(0)).exists():
-                raise CorruptError(f"{manifest_path}: missing, though shards are committed; restore it from a copy")
-            durable.remove_tree(self.path)  # nothing was committed; whatever is there is half-written
-            durable.make_folder(self.path)
-            return "", None
-        durable.sweep_temporary(self.path)
-        data = manifest_path.read_bytes()
-        manifest = unseal(data, str(manifest_path))
-        differences = list(_differences("", {k: manifest.get(k) for k in self._identity}, self._identity))
+    @property
+    def num_committed(self) -> int:
+        """Committed shards, as far as is known."""
+        return len(self.committed)
+
+    @property
+    def started(self) -> bool:
+        """The manifest is there, so that any shard can be written and not only the first; looks if it was not.
+
+        Raises:
+          MismatchError, CorruptError: it is that of another capture, or damaged.
+        """
+        with self._state:
+            if not self._manifest_seal:
+                try:
+                    data = self.place.read("manifest.json")
+                except FileNotFoundError:
+                    return False
+                self._join(data)
+            return True
+
+    def _join(self, data: bytes) -> None:
+        """Take over a manifest, if it is that of this very capture."""
+        manifest = unseal(data, f"{self.place}/manifest.json")
+        stored = {key: manifest.get(key) for key in self._identity}
+        version = stored["layout"].get("format_version") if isinstance(stored["layout"], dict) else None
+        if version != self.layout.format_version and not self.place.exists("complete.json"):
+            by = stored["settings"].get("versions", {}).get("tailcache") if isinstance(stored["settings"], dict) else ""
+            by = f"tailcache {by}" if by else "the version of tailcache that wrote it"
+            raise MismatchError(
+                f"{self.place}: a capture of this name was begun in format version {version} and never finished; this "
+                f"version continues only what has format version {self.layout.format_version}. Finish it with {by}, "
+                "or delete it and capture again"
+            )
+        differences = _differences("", stored, self._identity)
         if differences:
             raise MismatchError(
-                f"{self.path}: a capture of this name exists, made with other settings: "
+                f"{self.place}: a capture of this name exists, made with other settings: "
                 + "; ".join(f"{field}: stored {a!r}, asked for {b!r}" for field, a, b in differences[:8])
                 + ". Give the new capture another --name, or use the stored settings to continue this one"
             )
-        return durable.sha256(data), load_codec(LocalPlace(self.path), self.layout, manifest["files"])
+        self._codec = load_codec(self.place, self.layout, manifest["files"])
+        self._manifest_seal = sha256(data)
 
-    def _count_commits(self) -> tuple[int, int]:
-        """Committed shards, and the bytes of their objects."""
-        count = size = 0
-        while count < self.layout.num_shards and (self.path / commit_path(count)).is_file():
-            size += sum(entry["bytes"] for entry in self._check_commit(count)["files"].values())
-            count += 1
-        return count, size
+    def _expect_nothing(self) -> None:
+        if (committed_shards(self.place, self.layout) or self.place.exists("complete.json")) and not self.started:
+            raise CorruptError(
+                f"{self.place}/manifest.json: missing, though shards are committed; restore it from a copy"
+            )
 
-    def _check_commit(self, shard: int) -> dict[str, Any]:
-        path = self.path / commit_path(shard)
-        commit = unseal(path.read_bytes(), str(path))
+    def refresh(self) -> None:
+        """Look for what others have committed meanwhile."""
+        if self.started and not self.complete:
+            for shard in committed_shards(self.place, self.layout):
+                if shard not in self.committed:
+                    self._note(shard)
+
+    def _note(self, shard: int) -> None:
+        record = self._check_commit(shard, self.place.read(commit_path(shard)))
+        with self._state:
+            if shard not in self.committed:
+                self.committed.add(shard)
+                self.positions += record["positions"]
+                self.positions_of_others += 0 if shard in self._claims else record["positions"]
+                self.bytes_written += sum(entry["bytes"] for entry in record["files"].values())
+
+    def _check_commit(self, shard: int, data: bytes) -> dict[str, Any]:
+        name = f"{self.place}/{commit_path(shard)}"
+        commit = unseal(data, name)
         if commit["manifest"] != self._manifest_seal or commit["shard"] != shard:
-            raise CorruptError(f"{path}: this commit record belongs to another capture or shard; restore the right one")
+            raise CorruptError(f"{name}: this commit record belongs to another capture or shard; restore the right one")
         return commit
 
-    def _check_complete(self) -> bool:
-        path = self.path / "complete.json"
-        if not path.is_file():
-            return False
-        if self.num_committed < self.layout.num_shards:
+    def _check_complete(self) -> None:
+        try:
+            record = unseal(self.place.read("complete.json"), f"{self.place}/complete.json")
+        except FileNotFoundError:
+            return
+        self.refresh()  # others may have committed the last ones since
+        missing = [shard for shard in range(self.layout.num_shards) if shard not in self.committed][:1]
+        if missing:
             raise CorruptError(
-                f"{self.path / commit_path(self.num_committed)}: missing, though the capture was complete; restore it "
-                "from a copy, or delete the teacher and capture again"
+                f"{self.place}/{commit_path(missing[0])}: missing, though the capture was complete; restore it from a "
+                "copy, or run `tailcache verify --repair` with the teacher"
             )
-        record = unseal(path.read_bytes(), str(path))
         if record["manifest"] != self._manifest_seal or record["commits"] != commit_chain(
-            self.path, self.num_committed
+            self.place, self.layout.num_shards
         ):
-            raise CorruptError(f"{path}: belongs to another manifest or other commit records; restore the right one")
+            raise CorruptError(
+                f"{self.place}/complete.json: belongs to another manifest or other commit records; restore the right "
+                "one, or run `tailcache verify --repair` with the teacher"
+            )
+        self.complete = True
+
+    # -- who does what -----------------------------------------------------------------------------------------
+
+    def shards(self, waiting: Callable[[], object] | None = None) -> Iterator[int]:
+        """Claim shards one after another, those that no other process has, until all are committed.
+
+        Each must be written with ``write_shard``, in this thread or another. At the end this waits for those that
+        others have, and takes over what they do not finish. Until there is a manifest, one shard besides the first is
+        all that is given out, since no more could be written.
+
+        Args:
+          waiting: called again and again while there is nothing to do; may raise.
+
+        Yields:
+          Numbers of shards.
+        """
+        pause = _PAUSES[0]
+        while len(self.committed) < self.layout.num_shards:
+            idle = True
+            for shard in range(self.layout.num_shards):
+                if shard in self.committed or shard in self._claims:
+                    continue
+                if shard and self._claims and 0 not in self._claims and not self.started:
+                    break
+                if self._claim(shard):
+                    idle = False
+                    yield shard
+            self.refresh()
+            waits = idle and len(self.committed) < self.layout.num_shards
+            pause = self._wait(pause, waiting) if waits else _PAUSES[0]
+
+    def _wait(self, pause: float, waiting: Callable[[], object] | None) -> float:
+        """Sleep, or until this process commits a shard, and say how long to sleep the next time."""
+        if waiting is not None:
+            waiting()
+        if self._changed.wait(pause):
+            self._changed.clear()
+            return _PAUSES[0]
+        return min(1.5 * pause, _PAUSES[1])
+
+    def _claim(self, shard: int) -> bool:
+        if self.place.exists(commit_path(shard)):
+            claim = None
+        else:
+            claim = self.place.claim(f"claims/{shard:08d}")
+            if claim is None:
+                return False
+        if claim is None or self.place.exists(commit_path(shard)):  # committed between the two looks
+            if claim is not None:
+                claim.release()
+            if self.started:
+                self._note(shard)
+            return False
+        with self._state:
+            self._claims[shard] = claim
         return True
 
-    def _partial(self, shard: int) -> Path:
-        return self.path / "partial" / f"tail_sum-{shard:08d}.bin"
-
-    def _load_tail_sum(self) -> NDArray[np.float64]:
-        if self.num_committed == 0 or self.complete:
-            return np.zeros(self.layout.vocab_size)
-        path = self._partial(self.num_committed - 1)
-        expected = self._check_commit(self.num_committed - 1)["tail_sum"]
-        data = path.read_bytes() if path.is_file() else b""
-        if durable.sha256(data) != expected:
-            raise CorruptError(
-                f"{path}: expected checksum {expected}, found {durable.sha256(data) if data else 'no file'}; it is "
-                "needed to continue: restore it, or delete the teacher and capture again"
-            )
-        return np.frombuffer(data, "<f8").copy()
+    def _release(self, shard: int) -> None:
+        with self._state:
+            claim = self._claims.pop(shard)
+        claim.release()
 
     # -- writing -----------------------------------------------------------------------------------------------
 
     def write_shard(self, shard: int, targets: Targets, tail_sum: NDArray[np.float64]) -> int:
-        """Write and commit the next shard.
+        """Write and commit a shard, and let go of it. After an error it can be tried again.
 
         Args:
-          shard: its number; shards are committed in order.
+          shard: its number, from ``shards``; another is claimed first.
           targets: of all target positions of its rows.
           tail_sum: [V] the sum of those positions' normalised tail distributions.
 
         Returns:
-          Bytes of the shard's objects on disk.
+          Bytes of the shard's objects.
 
         Raises:
-          StorageError: the disk is full or failing; earlier shards stay good.
+          MismatchError: another process has this shard, or captures other values under this name.
+          StorageError: the disk is full or failing; committed shards stay good.
         """
-        if shard != self.num_committed:
-            raise ValueError(f"{self.path}: expected shard {self.num_committed} next, found {shard}")
         first, last = self.layout.shard_rows(shard)
         offsets = self._corpus.target_offsets(first, last)
         expected = int(offsets[-1] - offsets[0])
         if len(targets) != expected:
             raise ValueError(
-                f"{self.path}, shard {shard}: expected {expected} targets for rows [{first}, {last}), found "
+                f"{self.place}, shard {shard}: expected {expected} targets for rows [{first}, {last}), found "
                 f"{len(targets)}"
             )
-        if self._codec is None:
+        if shard not in self._claims and not self._claim(shard):
+            raise MismatchError(f"{self.place}, shard {shard}: expected one to be written, found that another has it")
+        if not self.started:
+            if shard:
+                raise ValueError(f"{self.place}: expected shard 0 first, which the constants come from; found {shard}")
             self._create(targets)
         assert self._codec is not None
-        files: dict[str, dict[str, Any]] = {}
-        specs, encoded = self.layout.fields(), self._codec.encode(targets)
-        wanted = {name: spec.columns for name, spec in specs.items()}
-        found = {name: values.shape[1] if values.ndim > 1 else None for name, values in encoded.items()}
-        if found != wanted:
-            raise ValueError(f"{self.path}, shard {shard}: expected fields and columns {wanted}, found {found}")
-        for name, values in encoded.items():
-            spec = specs[name]
-            data = spec.encode(values)
-            if data is not None:
-                files[spec.object_path(shard)] = {
-                    "bytes": len(data),
-                    "sha256": durable.sha256(data),
-                    "chunks": spec.chunk_seal(data),
-                }
-                self._write_checked(spec.object_path(shard), data)
-        new_sum = self._tail_sum + tail_sum  # kept only once it is committed: a failed write may be tried again
-        partial = new_sum.astype("<f8").tobytes()
-        durable.make_folder(self._partial(shard).parent)
-        durable.write_file(self._partial(shard), partial)
-        commit = {
-            "shard": shard,
-            "manifest": self._manifest_seal,
-            "rows": [first, last],
-            "positions": expected,
-            "files": files,
-            "tail_sum": durable.sha256(partial),
-            "sums": {
-                "log_target": float(targets.log_target.sum(dtype=np.float64)),
-                "tail_mass": float(np.exp(targets.log_tail.astype(np.float64)).sum()),
-            },
-        }
-        durable.make_folder((self.path / commit_path(shard)).parent)
-        durable.write_file(self.path / commit_path(shard), seal(commit))
-        self.num_committed += 1
-        self._tail_sum = new_sum
-        if shard:
-            durable.remove_tree(self._partial(shard - 1))
-        written: int = sum(entry["bytes"] for entry in files.values())
-        self.bytes_written += written
-        return written
+        objects = encode_shard(self.layout, self._codec, shard, targets)
+        commit = commit_record(self.layout, self._manifest_seal, shard, targets, objects, tail_sum)
+        if not self.place.exists(commit_path(shard)):  # or our claim ended while this process was stopped
+            for name, data in objects.items():
+                self._write_checked(name, data)
+            self.place.write(tail_sum_path(shard), tail_sum_bytes(tail_sum))
+        if not self.place.create(commit_path(shard), commit) and self.place.read(commit_path(shard)) != commit:
+            raise MismatchError(
+                f"{self.place}, shard {shard}: another process has committed other bytes than this one made, though "
+                "its settings are the same; are the machines different? Run `tailcache verify`"
+            )
+        self._note(shard)
+        self._release(shard)
+        self._changed.set()
+        return sum(map(len, objects.values()))
 
     def _write_checked(self, name: str, data: bytes) -> None:
-        path = self.path / name
-        durable.make_folder(path.parent)
-        durable.write_file(path, data)
-        if path.read_bytes() != data:
-            raise StorageError(f"{path}: read back other bytes than were written; the disk or file system is failing")
+        self.place.write(name, data)
+        if self.place.uncached().read(name) != data:
+            raise StorageError(
+                f"{self.place}/{name}: read back other bytes than were written; the disk or file system is failing"
+            )
 
     def _create(self, targets: Targets) -> None:
         """Write the metadata and constants; the manifest, last, makes the capture exist."""
-        levels = logprob_levels(self.layout.top_k)
-        order = vocabulary_order(targets.token_ids, self._corpus.token_counts)
+        for name, _ in list(self.place.files()):  # nothing was committed; whatever is there is half-written
+            if not name.startswith("claims/"):
+                self.place.delete(name)
+        values = first_constants(self.layout, targets, self._corpus.token_counts, self._head)
         files: dict[str, str] = {}
+        for written in (metadata_files(self.layout), constant_objects(self.layout, values)):
+            for name, data in written:
+                self._write_checked(name, data)
+                files[name] = sha256(data)
+        manifest = seal({**self._identity, "provenance": self._provenance, "files": files})
+        if not self.place.create("manifest.json", manifest):
+            manifest = self.place.read("manifest.json")  # our claim had ended, and another made it
+        with self._state:
+            self._join(manifest)
 
-        def write(name: str, data: bytes) -> None:
+    def finish(self, waiting: Callable[[], object] | None = None) -> None:
+        """Write the mean tail and the record that says that the capture is whole, or wait for who is doing so.
+
+        Args:
+          waiting: as for ``shards``.
+
+        Raises:
+          ValueError: a shard is not committed.
+          CorruptError: a shard's sum of tails is missing or damaged.
+        """
+        self.refresh()
+        if len(self.committed) < self.layout.num_shards:
+            raise ValueError(f"{self.place}: {self.num_committed} of {self.layout.num_shards} shards are committed")
+        pause = _PAUSES[0]
+        while not self.complete:
+            claim = self.place.claim("claims/finish")
+            if claim is None:
+                pause = self._wait(pause, waiting)
+                self._check_complete()
+                continue
+            try:
+                self._check_complete()
+                if not self.complete:
+                    self._complete()
+            finally:
+                claim.release()
+        if {"partial", "claims"} & set(self.place.folders()):
+            self._tidy()
+
+    def _complete(self) -> None:
+        total = np.zeros(self.layout.vocab_size)
+        for shard in range(self.layout.num_shards):  # in this order, whoever captured them
+            commit = self._check_commit(shard, self.place.read(commit_path(shard)))
+            total += read_tail_sum(self.place, shard, commit["tail_sum"])
+        means = dict(mean_tail_objects(self.layout, total))
+        for name, data in means.items():
             self._write_checked(name, data)
-            files[name] = durable.sha256(data)
+        record = complete_record(
+            self.layout,
+            self._manifest_seal,
+            num_bytes=self.bytes_written,
+            commits=commit_chain(self.place, self.layout.num_shards),
+            mean_tails=means,
+        )
+        self.place.write("complete.json", record)
+        self.complete = True
 
-        write("zarr.json", group_metadata({"tailcache": self.layout.attributes()}))
-        slots = self.layout.num_shards * self.layout.shard_slots
-        for spec in self.layout.fields().values():
-            write(f"{spec.name}/zarr.json", spec.metadata(slots))
-        values: dict[str, NDArray[Any]] = {"vocabulary_order": order, "logprob_levels": levels}
-        if self._head is not None:
-            values["head_weight"] = self._head.weight
-            if self._head.bias is not None:
-                values["head_bias"] = self._head.bias
-        for name, spec in self.layout.constants().items():
-            write(f"{name}/zarr.json", spec.metadata(self.layout.constant_length(name)))
-            stored = values.get(name, np.empty(0, spec.dtype))  # the mean tail is known when all shards are in
-            for number in range(spec.num_objects(len(stored))):
-                data = spec.encode(stored[number * spec.shard : (number + 1) * spec.shard])
-                assert data is not None
-                write(spec.object_path(number), data)
-        manifest = {**self._identity, "provenance": self._provenance, "files": files}
-        sealed = seal(manifest)
-        durable.write_file(self.path / "manifest.json", sealed)
-        self._manifest_seal, self._codec = durable.sha256(sealed), Codec(order, levels)
-
-    def finish(self) -> None:
-        """Write the mean tail distribution and the record that says the capture is whole."""
-        if self.num_committed != self.layout.num_shards:
-            raise ValueError(f"{self.path}: {self.num_committed} of {self.layout.num_shards} shards are committed")
-        if not self.complete:
-            total = self._tail_sum.sum()
-            mean = (self._tail_sum / total if total > 0 else self._tail_sum).astype(np.float32)
-            spec = self.layout.constants()["mean_tail"]
-            data = spec.encode(mean)
-            assert data is not None
-            self._write_checked(spec.object_path(0), data)
-            record = {
-                "manifest": self._manifest_seal,
-                "num_shards": self.layout.num_shards,
-                "positions": self.layout.num_positions,
-                "bytes": self.bytes_written,
-                "commits": commit_chain(self.path, self.layout.num_shards),
-                "files": {spec.object_path(0): durable.sha256(data)},
-            }
-            durable.write_file(self.path / "complete.json", seal(record))
-            self.complete = True
-        durable.remove_tree(self.path / "partial")
+    def _tidy(self) -> None:
+        """Delete what only an unfinished capture needs, and what killed processes left."""
+        for name, _ in list(self.place.files()):
+            if name.endswith(TEMPORARY):
+                self.place.delete(name)
+        self.place.delete_all("partial")
+        self.place.delete_all("claims")
 
     def close(self) -> None:
-        """Let other processes write this teacher."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        """Let others have what this process has claimed and not committed."""
+        for shard in list(self._claims):
+            self._release(shard)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def commit_chain(path: Path, num_shards: int) -> str:
-    """One hash over all commit records, in order."""
-    digest = hashlib.sha256()
-    for shard in range(num_shards):
-        digest.update((path / commit_path(shard)).read_bytes())
-    return digest.hexdigest()
-
-
-def load_codec(place: Place, layout: Layout, checksums: dict[str, str]) -> Codec:
-    """Read a teacher's vocabulary order and levels, checked against its manifest.
-
-    Raises:
-      CorruptError: either is missing or damaged.
-    """
-    values = []
-    for name in ("vocabulary_order", "logprob_levels"):
-        spec = layout.constants()[name]
-        for file in (f"{name}/zarr.json", spec.object_path(0)):
-            place.read_checked(file, checksums.get(file))
-        length = layout.constant_length(name)
-        values.append(read_object(place, spec.object_path(0), spec, 0, length, f"{place}, constant {name}"))
-    return Codec(values[0], values[1])
-
-
-def _lock(path: Path) -> int:
-    lock_path = path.with_name(path.name + ".lock")
-    try:
-        descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise StorageError(error.errno, f"{lock_path}: cannot be opened: {error.strerror}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise MismatchError(
-            f"{path}: another process is capturing under this name; wait for it, or choose another --name"
-        ) from error
-    except OSError as error:
-        os.close(descriptor)
-        raise StorageError(error.errno, f"{lock_path}: the file system has no locks: {error.strerror}") from error
-    return descriptor
 
 
 def _differences(where: str, stored: Any, asked: Any) -> list[tuple[str, Any, Any]]:

@@ -18,12 +18,13 @@ import numpy as np
 
 from tailcache.storage import durable
 from tailcache.storage.alignment import supervise_next
+from tailcache.storage.commits import commit_chain, committed_shards, tail_sum_path
 from tailcache.storage.corpus import Corpus
 from tailcache.storage.errors import NotFoundError, TailcacheError
 from tailcache.storage.layout import Layout, commit_path
+from tailcache.storage.place import open_place
 from tailcache.storage.reader import Teacher
 from tailcache.storage.sealed import canonical, unseal
-from tailcache.storage.targets import commit_chain
 from tailcache.storage.verify_targets import teacher_problems
 
 __all__ = ["Fault", "verify"]
@@ -154,7 +155,7 @@ class _Check:
     def teacher(self, folder: Path) -> None:
         manifest_path = folder / "manifest.json"
         if not manifest_path.exists():
-            if (folder / commit_path(0)).exists() or (folder / "complete.json").exists():
+            if any((folder / "commits").glob("*.json")) or (folder / "complete.json").exists():
                 self._fault(manifest_path, "missing, though shards are committed")
             else:  # a capture that was killed before its first commit: nothing is there yet
                 self._known.update(p for p in folder.rglob("*") if p.is_file())
@@ -183,23 +184,23 @@ class _Check:
                 self._match(folder / name, expected)
             # Killed after its last record, before it tidied up: nobody reads these any more.
             self._known.update((folder / "partial").glob("tail_sum-*.bin"))
-            if committed == layout.num_shards and commit_chain(folder, committed) != complete["commits"]:
+            self._known.update((folder / "claims").glob("*"))
+            if (
+                len(committed) == layout.num_shards
+                and commit_chain(open_place(folder), layout.num_shards) != complete["commits"]
+            ):
                 self._fault(folder / "complete.json", "the commit records are not those it was written over")
             if len(self.faults) == before and self._corpus is not None:
                 self._values(folder)
         else:
             self._unfinished(folder, layout, committed)
 
-    def _commits(self, folder: Path, layout: Layout, seal: str, *, finished: bool) -> int:
-        committed = 0
-        for shard in range(layout.num_shards):
+    def _commits(self, folder: Path, layout: Layout, seal: str, *, finished: bool) -> list[int]:
+        committed = committed_shards(open_place(folder), layout)
+        for shard in sorted(set(range(layout.num_shards)) - set(committed)) if finished else ():
+            self._fault(folder / commit_path(shard), "missing, though the capture was complete", shard)
+        for shard in committed:
             path = folder / commit_path(shard)
-            if not path.exists():
-                if not finished:
-                    break
-                self._fault(path, "missing, though the capture was complete", shard)
-                continue
-            committed += 1
             record = self._record(path, shard)
             if record is None:
                 self._known.update(folder / spec.object_path(shard) for spec in layout.fields().values())
@@ -215,18 +216,19 @@ class _Check:
                 self._match(folder / name, entry["sha256"], shard, name.split("/")[0])
         return committed
 
-    def _unfinished(self, folder: Path, layout: Layout, committed: int) -> None:
-        """What an unfinished capture may leave: objects of the shard at work, temporary files, the running sum."""
-        if committed:
-            path = folder / commit_path(committed - 1)
+    def _unfinished(self, folder: Path, layout: Layout, committed: list[int]) -> None:
+        """What an unfinished capture may leave: objects of shards at work, temporary files, claims, sums of tails."""
+        # Before version 2 the sum was a running one, and only the last one was kept.
+        for shard in committed if layout.format_version > 1 else committed[-1:]:
+            path = folder / commit_path(shard)
             try:
                 expected = unseal(path.read_bytes(), path.name)["tail_sum"]
-                self._match(folder / "partial" / f"tail_sum-{committed - 1:08d}.bin", expected)
+                self._match(folder / tail_sum_path(shard), expected, shard)
             except TailcacheError:
                 pass  # said above
         for spec in [*layout.fields().values(), *layout.constants().values()]:
             self._known.update(p for p in (folder / spec.name).rglob("*") if p.is_file())
-        self._known.update(p for p in (folder / "partial").glob("*") if p.is_file())
+        self._known.update(p for name in ("partial", "claims") for p in (folder / name).glob("*") if p.is_file())
 
     def _values(self, folder: Path) -> None:
         assert self._corpus is not None

@@ -32,6 +32,9 @@ def _half(name: str, arguments: tuple[Any, ...]) -> None:
     if name == "write_file":
         path, data = Path(arguments[0]), bytes(arguments[1])
         path.with_name(path.name + durable.TEMPORARY).write_bytes(data[: len(data) // 2])
+    elif name == "create_file":
+        path, data = Path(arguments[0]), bytes(arguments[1])
+        path.with_name(f"{path.name}.123-456{durable.TEMPORARY}").write_bytes(data[: len(data) // 2])
     elif name == "remove_tree":
         path = Path(arguments[0])
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
@@ -44,7 +47,8 @@ def killed_at(number: int, mode: str) -> Iterator[Counter]:
     """Raise ``Killed`` at the operation of that number (from 0): before it, half-way or after it; -1 only counts."""
     counter = Counter()
     originals: dict[str, Callable[..., Any]] = {
-        name: getattr(durable, name) for name in ("write_file", "promote_folder", "remove_tree", "make_folder")
+        name: getattr(durable, name)
+        for name in ("write_file", "create_file", "promote_folder", "remove_tree", "make_folder")
     }
 
     def wrap(name: str) -> Callable[..., Any]:
@@ -74,10 +78,10 @@ def killed_at(number: int, mode: str) -> Iterator[Counter]:
 
 @contextlib.contextmanager
 def failing_at(number: int, code: int = errno.ENOSPC) -> Iterator[Counter]:
-    """Let the system call of that number (fsync, replace, rename, mkdir; from 0) fail; -1 only counts."""
+    """Let the system call of that number (fsync, replace, rename, link, mkdir; from 0) fail; -1 only counts."""
     counter = Counter()
     originals: dict[str, Callable[..., Any]] = {
-        name: getattr(os, name) for name in ("fsync", "replace", "rename", "mkdir")
+        name: getattr(os, name) for name in ("fsync", "replace", "rename", "link", "mkdir")
     }
 
     def wrap(name: str) -> Callable[..., Any]:

@@ -148,7 +148,7 @@ class Exact:
         """Write the teacher, or go on with it."""
         chosen = settings or {"seed": 1}
         with TargetsWriter(self.corpus, name, layout=self.layout, settings=chosen, head=self.head) as writer:
-            for shard in range(writer.num_committed, self.layout.num_shards):
+            for shard in writer.shards():
                 writer.write_shard(shard, *self.shards[shard])
             writer.finish()
 

@@ -95,7 +95,7 @@ def test_without_options_nothing_is_stored_or_said(cache: Path, teacher: Teacher
     assert not {"temperatures", "hidden"} & set(found.manifest["provenance"]["config"])
     assert {path.name for path in folder.iterdir() if path.is_dir()} == {
         "token_codes", "logprob_gaps", "log_tail", "tail_entropy", "log_target", "log_not_target", "tail_sample_codes",
-        "vocabulary_order", "logprob_levels", "mean_tail", "commits",
+        "vocabulary_order", "logprob_levels", "mean_tail", "mean_tail_copy", "commits",
     }  # fmt: skip
     with pytest.raises(ConfigError, match=r"'t'.*log_z_tail, found that it was not stored.*--temperatures"):
         found.rows(0, 1, optional=["log_z_tail"])

@@ -71,7 +71,8 @@ def test_a_finished_teacher(built: tuple[Corpus, list[Position]]) -> None:
         "token_codes", "logprob_gaps", "log_tail", "tail_entropy", "log_target", "log_not_target", "tail_sample_codes",
     }  # fmt: skip
     assert done["constant_bytes"] == {
-        name: on_disk(folder / name / "c") for name in ("vocabulary_order", "logprob_levels", "mean_tail")
+        name: on_disk(folder / name / "c")
+        for name in ("vocabulary_order", "logprob_levels", "mean_tail", "mean_tail_copy")
     }
     assert done["bytes_total"] + sum(done["constant_bytes"].values()) + done["record_bytes"] == on_disk(folder)
 
