@@ -123,4 +123,4 @@ def corpus_bytes(corpus: Corpus) -> dict[str, int]:
         folder, *rest = file.split("/")
         if folder == "tokenizer" or rest[:1] == ["c"]:
             sizes[folder] = sizes.get(folder, 0) + size
-    return sizes
+    return sizes if "tokenizer" in sizes else {**sizes, "tokenizer": 0}
