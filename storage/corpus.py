@@ -210,6 +210,8 @@ class Corpus:
         if spec.name not in self._arrays_checked:
             self.place.read_checked(metadata, self._checksums["files"].get(metadata))
             self._arrays_checked.add(spec.name)
+        if file in self._checksums["files"]:
+            self.place.expect(file, self._checksums["files"][file])
         try:
             index = read_index(self.place, file, spec)
         except FileNotFoundError:
@@ -226,8 +228,6 @@ class Corpus:
                 f"{self.place}/{file}: not the object that was written there ({error}); run `tailcache verify`, then "
                 "restore it from a copy"
             ) from error
-        if file in self._checksums["files"]:
-            self.place.expect(file, self._checksums["files"][file], index.size)
         self._tables.put(file, table)
         return table
 

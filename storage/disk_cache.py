@@ -84,12 +84,16 @@ class DiskCache:
         small = size <= min(_LARGEST, self.limit // 4)
         return small and now >= self._off_until and now >= self._refused.get(digest, 0.0)
 
-    def open(self, digest: str, size: int, load: Callable[[], bytes]) -> int | None:
+    def has(self, digest: str) -> bool:
+        """There is a copy, whether or not it is damaged."""
+        return self._path(digest).is_file()
+
+    def open(self, digest: str, size: int | None, load: Callable[[], bytes]) -> int | None:
         """A descriptor of a checked copy; the caller closes it.
 
         Args:
           digest: SHA-256 of the file, in hexadecimal.
-          size: its bytes.
+          size: its bytes, where they are known.
           load: fetches it.
 
         Returns:
@@ -122,7 +126,7 @@ class DiskCache:
     def _path(self, digest: str) -> Path:
         return self.folder / "files" / digest[:2] / digest
 
-    def _open(self, digest: str, size: int) -> int | None:
+    def _open(self, digest: str, size: int | None) -> int | None:
         """A copy that is there, checked if this process has not done so since it was last written."""
         path = self._path(digest)
         try:
@@ -138,7 +142,7 @@ class DiskCache:
             state = (status.st_ino, status.st_size, status.st_mtime_ns)
             if self._checked.get(digest) == state:
                 return descriptor
-            if status.st_size == size and sha256(_read_all(descriptor, size)) == digest:
+            if size in (None, status.st_size) and sha256(_read_all(descriptor, status.st_size)) == digest:
                 self._checked[digest] = state
                 return descriptor
             _log.warning("%s: damaged copy, fetching it again", path)
@@ -214,14 +218,14 @@ class _LoadError(Exception):
         self.cause = cause
 
 
-def _fetch(load: Callable[[], bytes], digest: str, size: int) -> bytes | None:
+def _fetch(load: Callable[[], bytes], digest: str, size: int | None) -> bytes | None:
     """What is fetched if it is what was committed; a second time if it is not at first."""
     for _ in range(2):
         try:
             data = load()
         except Exception as error:
             raise _LoadError(error) from error
-        if len(data) == size and sha256(data) == digest:
+        if size in (None, len(data)) and sha256(data) == digest:
             return data
     return None
 
@@ -242,11 +246,11 @@ class CachedPlace(Place):
         self,
         place: Place,
         cache: DiskCache,
-        known: dict[str, tuple[str, int]] | None = None,
+        known: dict[str, tuple[str, int | None]] | None = None,
         prefix: str = "",
     ) -> None:
         self._place, self._cache = place, cache
-        self._known: dict[str, tuple[str, int]] = {} if known is None else known
+        self._known: dict[str, tuple[str, int | None]] = {} if known is None else known
         self._prefix = prefix
 
     def __str__(self) -> str:
@@ -271,9 +275,9 @@ class CachedPlace(Place):
         """As the place itself."""
         return self._place.survives_fork
 
-    def expect(self, name: str, sha256: str, size: int) -> None:
+    def expect(self, name: str, sha256: str, size: int | None = None) -> None:
         """Read a file from a copy with this hash from now on."""
-        if re.fullmatch(r"[0-9a-f]{64}", sha256) and size >= 0:
+        if re.fullmatch(r"[0-9a-f]{64}", sha256) and (size is None or size >= 0):
             self._known[self._prefix + name] = (sha256, size)
 
     def uncached(self) -> Place:
@@ -282,11 +286,28 @@ class CachedPlace(Place):
 
     def _copy(self, name: str) -> tuple[int, int] | None:
         """Descriptor and size of a copy, if the file is expected and can be copied."""
-        digest, size = self._known.get(self._prefix + name, ("", -1))
-        if not digest or not self._cache.holds(digest, size):
+        digest, size = self._known.get(self._prefix + name, ("", None))
+        if not digest:
+            return None
+        if size is None and not self._cache.has(digest):
+            size = self._place.size(name)
+            if size is None:
+                raise FileNotFoundError(2, "no such file", f"{self}/{name}")
+            self._known[self._prefix + name] = (digest, size)
+        if not self._cache.holds(digest, size or 0):
             return None
         descriptor = self._cache.open(digest, size, lambda: self._place.read(name))
-        return None if descriptor is None else (descriptor, size)
+        return None if descriptor is None else (descriptor, os.fstat(descriptor).st_size)
+
+    def read_checked(self, name: str, expected: str | None) -> bytes:
+        """The whole content of a file whose hash is on record; from a copy, where it can be."""
+        if expected is not None:
+            self.expect(name, expected)
+        return super().read_checked(name, expected)
+
+    def read_limited(self, name: str, limit: int) -> bytes:
+        """A whole file of at most some size."""
+        return self._place.read_limited(name, limit)
 
     def read(self, name: str) -> bytes:
         """A whole file."""

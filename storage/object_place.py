@@ -12,6 +12,7 @@ from typing import Any
 
 from tailcache.storage import lease
 from tailcache.storage.bucket import PIECE, Bucket, version_of
+from tailcache.storage.errors import CorruptError
 from tailcache.storage.place import Claim, Place
 from tailcache.storage.ranges import cut_range, merge_ranges
 
@@ -68,6 +69,15 @@ class ObjectPlace(Place):
     def read(self, name: str) -> bytes:
         """A whole file: its first 16 MiB, which tell its size, then the rest in pieces of 16 MiB, eight at once."""
         return self._bucket.whole(self._key(name))
+
+    def read_limited(self, name: str, limit: int) -> bytes:
+        """A whole file of at most some size, in one request where that is at most 16 MiB."""
+        piece = self._bucket.piece(self._key(name), 0, min(limit + 1, PIECE))
+        if piece.size > limit:
+            raise CorruptError(
+                f"{self}/{name}: expected at most {limit} bytes, found {piece.size}; restore it from a copy"
+            )
+        return piece.data if len(piece.data) == piece.size else self.read(name)
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """Some byte ranges of a file: one request where they are less than 256 KiB apart, at most eight at once."""

@@ -113,11 +113,16 @@ class Place(ABC):
         """A process that is forked after this place was used can go on using it; else workers must be spawned."""
         return True
 
-    def expect(self, name: str, sha256: str, size: int) -> None:  # noqa: B027  a place without copies needs none of it
+    def expect(self, name: str, sha256: str, size: int | None = None) -> None:  # noqa: B027  a place without copies needs none of it
         """Say what a file holds, from a record that can be trusted.
 
         From then on, reads of it may be served from a copy on this machine that has this hash, and not from the place
         at all. For files that do not change once they are there; never before they are committed.
+
+        Args:
+          name: the file.
+          sha256: its hash, in hexadecimal.
+          size: its bytes, where that is on record too.
         """
 
     def uncached(self) -> Place:

@@ -19,6 +19,7 @@ from s3_server import Faults
 
 from tailcache.storage import disk_cache as module
 from tailcache.storage.disk_cache import CachedPlace, DiskCache, disk_cache
+from tailcache.storage.errors import CorruptError, StorageError
 from tailcache.storage.local_place import LocalPlace
 from tailcache.storage.place import Place, open_place
 
@@ -83,6 +84,40 @@ def test_read_once_then_from_the_copy(remote: Counted, cache: DiskCache) -> None
     other.expect("a/x", sha256(data), 2000)
     assert other.read_ranges("a/x", [(5, 10)]) == [data[5:10]]
     assert remote.asked == ["read a/x"]
+
+
+def test_a_size_that_is_not_on_record(remote: Counted, cache: DiskCache) -> None:
+    place = CachedPlace(remote, cache)
+    data = os.urandom(5000)
+    remote.write("x", data)
+    place.expect("x", sha256(data))
+    assert place.read_ranges("x", [(5, 10)]) == [data[5:10]]
+    assert place.size("x") == 5000
+    for damage in (b"", data[:-1]):
+        cache._path(sha256(data)).write_bytes(damage)
+        other = CachedPlace(remote, DiskCache(cache.folder, cache.limit))
+        other.expect("x", sha256(data))
+        assert other.read_end("x", 5) == (data[-5:], 5000)
+    large = os.urandom(25_001)
+    remote.write("large", large)
+    place.expect("large", sha256(large))
+    assert place.read_ranges("large", [(5, 10)]) == [large[5:10]]
+    assert set(stored(cache)) == {sha256(data)}
+    place.expect("missing", sha256(large))
+    with pytest.raises(FileNotFoundError):
+        place.read_ranges("missing", [(0, 1)])
+
+
+def test_files_whose_hash_is_on_record_are_read_once(remote: Counted, cache: DiskCache) -> None:
+    remote.write("x", b"data")
+    for _ in range(2):
+        place = CachedPlace(remote, DiskCache(cache.folder, cache.limit))
+        assert place.read_checked("x", sha256(b"data")) == b"data"
+    assert remote.asked == ["read x"]
+    with pytest.raises(CorruptError, match="x: missing or not what was written"):
+        place.read_checked("x", sha256(b"other"))
+    with pytest.raises(CorruptError, match="y: missing or not what was written"):
+        place.read_checked("y", sha256(b"data!"))
 
 
 def test_what_is_not_expected_is_never_copied(remote: Counted, cache: DiskCache) -> None:
@@ -195,8 +230,6 @@ def _no_space(*args: object) -> None:
 def test_a_fetch_that_fails_is_the_readers_error(
     s3_url: str, faults: Faults, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from tailcache.storage.errors import StorageError
-
     monkeypatch.setenv("TAILCACHE_RETRY_SECONDS", "0.2")
     place = open_place(s3_url)
     put(place, "x", b"data", place)
