@@ -25,6 +25,7 @@ from tailcache.storage.place import Place
 from tailcache.storage.sealed import seal
 
 __all__ = [
+    "MANIFEST_COPY",
     "MEAN_TAILS",
     "commit_chain",
     "commit_record",
@@ -41,6 +42,8 @@ __all__ = [
     "tail_sum_path",
 ]
 
+MANIFEST_COPY = "manifest_copy.json"
+"""The same bytes as ``manifest.json``, for repair; not there before format version 2."""
 MEAN_TAILS = ("mean_tail", "mean_tail_copy")
 """The constants that are known when all shards are; the second is not there before format version 2."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tailcache.storage.commits import committed_shards
+from tailcache.storage.commits import MANIFEST_COPY, committed_shards
 from tailcache.storage.corpus import Corpus
 from tailcache.storage.durable import sha256
 from tailcache.storage.errors import CorruptError, MismatchError, NotFoundError
@@ -77,7 +77,7 @@ def teacher_inventory(corpus: Corpus, name: str) -> TeacherInventory:
     complete = place.exists("complete.json")
     field_bytes = dict.fromkeys(layout.fields(), 0)
     record_bytes = len(data) + sum((place.size(file) or 0) for file in manifest["files"] if file.endswith("zarr.json"))
-    record_bytes += place.size("complete.json") or 0
+    record_bytes += sum(place.size(file) or 0 for file in ("complete.json", MANIFEST_COPY))
     committed = committed_shards(place, layout)
     positions = 0
     for shard in committed:

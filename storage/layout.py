@@ -12,7 +12,7 @@
       hidden                  [S, D] uint16/int8, and for int8 hidden_scale [S] float32    optional
       head_weight, head_bias  [V, D], [V]       constants, with ``hidden``
       mean_tail               [V] float32       constant, written when the last shard is in; also as mean_tail_copy
-      manifest.json           sealed: settings, provenance, checksums of metadata and constants
+      manifest.json           sealed: settings, provenance, checksums of metadata and constants; also manifest_copy.json
       commits/SHARD.json      sealed: a shard exists if and only if its commit record does
       complete.json           sealed: the capture is finished
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from tailcache.storage.codec import Codec, Targets, logprob_levels
 from tailcache.storage.commits import (
+    MANIFEST_COPY,
     commit_chain,
     commit_record,
     committed_shards,
@@ -399,8 +400,10 @@ class TargetsWriter:
                 self._write_checked(name, data)
                 files[name] = sha256(data)
         manifest = seal({**self._identity, "provenance": self._provenance, "files": files})
+        self._write_checked(MANIFEST_COPY, manifest)
         if not self.place.create("manifest.json", manifest):
             manifest = self.place.read("manifest.json")  # our claim had ended, and another made it
+            self._write_checked(MANIFEST_COPY, manifest)
         with self._state:
             self._join(manifest)
 

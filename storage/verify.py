@@ -18,7 +18,7 @@ import numpy as np
 
 from tailcache.storage import durable
 from tailcache.storage.alignment import supervise_next
-from tailcache.storage.commits import commit_chain, committed_shards, tail_sum_path
+from tailcache.storage.commits import MANIFEST_COPY, commit_chain, committed_shards, tail_sum_path
 from tailcache.storage.corpus import Corpus
 from tailcache.storage.errors import NotFoundError, TailcacheError
 from tailcache.storage.layout import Layout, commit_path
@@ -175,6 +175,8 @@ class _Check:
         except TailcacheError as error:
             self._fault(manifest_path, str(error))
             return
+        if layout.format_version > 1:
+            self._match(folder / MANIFEST_COPY, seal)
         complete = self._record(folder / "complete.json") if (folder / "complete.json").exists() else None
         committed = self._commits(folder, layout, seal, finished=(folder / "complete.json").exists())
         if complete is not None:

@@ -375,6 +375,7 @@ def test_sealed_records_follow_the_page(tmp_path: Path, options: dict[str, Any])
         corpus / "manifest.json",
         corpus / "checksums.json",
         teacher / "manifest.json",
+        teacher / "manifest_copy.json",
         teacher / "complete.json",
         *commits,
     ]:
@@ -404,6 +405,7 @@ def test_sealed_records_follow_the_page(tmp_path: Path, options: dict[str, Any])
     assert corpus_manifest["content"] == content
     assert corpus_manifest["hash"] == sha256(canonical({**content, "vocab_size": 37}))
 
+    assert (teacher / "manifest_copy.json").read_bytes() == (teacher / "manifest.json").read_bytes()
     manifest, complete = records[teacher / "manifest.json"], records[teacher / "complete.json"]
     assert set(manifest) == {"name", "corpus_hash", "layout", "settings", "provenance", "files"}
     assert manifest["corpus_hash"] == corpus_manifest["hash"]
