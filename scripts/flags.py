@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, TypeVar
 
 from tailcache.scripts.settings import suggestion
+from tailcache.storage.place import Location
 
 __all__ = ["flag_names", "parse_flags"]
 
@@ -93,6 +94,10 @@ def _flow_help(config_class: type) -> None:
                 _flow_help(hint)
             elif name in in_file:
                 owner.__annotations__[name] = Annotated[hint, tyro.conf.Fixed, tyro.conf.Suppress]
+            elif hint in (Location, Location | None):  # a location is any text; what it means is found out later
+                text_only = str if hint == Location else str | None
+                told = tyro.conf.arg(help=" ".join(text.split()), metavar="PATH|URL")
+                owner.__annotations__[name] = Annotated[text_only, told]
             elif typing.get_origin(hint) is not Annotated:
                 owner.__annotations__[name] = Annotated[hint, tyro.conf.arg(help=" ".join(text.split()))]
 

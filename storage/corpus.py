@@ -277,6 +277,34 @@ class Corpus:
         self._check_rows(first, last)
         return self.read("target_offsets", first, last + 1)
 
+    def rows_of_targets(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which row each of some target positions is in.
+
+        Args:
+          positions: [n] counted over the whole corpus, within [0, num_targets), in any order.
+
+        Returns:
+          [n] int64.
+
+        Cost: reads the chunks of ``target_offsets`` that hold them, and of the others one per halving, not all.
+        """
+        wanted, inverse = np.unique(positions, return_inverse=True)
+        rows, step = np.empty(len(wanted), np.int64), self._specs["target_offsets"].chunk
+        parts = [(0, len(wanted), 0, -(-(self.num_rows + 1) // step))]
+        while parts:
+            a, b, low, high = parts.pop()  # wanted[a:b] are in the chunks from low to high
+            if a == b:
+                continue
+            if high - low == 1:
+                offsets = self.read("target_offsets", low * step, min(high * step, self.num_rows + 1))
+                rows[a:b] = low * step + np.searchsorted(offsets, wanted[a:b], side="right") - 1
+                continue
+            middle = (low + high) // 2
+            first = self.read("target_offsets", middle * step, middle * step + 1)[0]
+            split = a + int(np.searchsorted(wanted[a:b], first))
+            parts += [(a, split, low, middle), (split, b, middle, high)]
+        return rows[inverse]
+
     @cached_property
     def _held_out_all(self) -> NDArray[np.bool_]:
         return np.concatenate(list(self.stream("held_out")))

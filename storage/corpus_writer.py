@@ -7,7 +7,6 @@ appears, whole, when it is finished.
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,8 @@ from tailcache.storage.place import Location, Place, open_place
 from tailcache.storage.sealed import canonical, seal
 
 __all__ = ["CorpusWriter", "has_corpus"]
+
+_CLAIM = "corpus.claim" + durable.TEMPORARY
 
 
 @dataclass
@@ -89,13 +90,17 @@ class CorpusWriter:
         if not 1 <= vocab_size <= 1 << 31:
             raise DataError(f"vocabulary size: expected 1 to 2^31, found {vocab_size}")
         self._vocab_size = vocab_size
-        local = self._cache.local
-        self._group = (Path(tempfile.mkdtemp()) if local is None else local) / ("corpus" + durable.TEMPORARY)
-        if self._group.is_dir():
-            os.close(durable.lock_folder(self._group))  # whoever left it is dead
-            durable.remove_tree(self._group)
-        durable.make_folder(self._group)
-        self._lock = durable.lock_folder(self._group)
+        claim = self._cache.claim(_CLAIM)
+        if claim is None:
+            raise MismatchError(
+                f"{self._cache}: another process is writing there; wait for it, or choose another cache"
+            )
+        self._claim = claim
+        try:
+            self._group = self._stage()
+        except BaseException:
+            claim.release()
+            raise
         self._checksums: dict[str, str] = {}
         self._chunk_seals: dict[str, str] = {}
         self._columns = {
@@ -110,6 +115,15 @@ class CorpusWriter:
         self.num_rows = self.num_tokens = self.num_targets = 0
         self._append("row_offsets", np.zeros(1, np.int64))
         self._append("target_offsets", np.zeros(1, np.int64))
+
+    def _stage(self) -> Path:
+        """An empty folder on this machine."""
+        if self._cache.local is None:
+            return Path(tempfile.mkdtemp(prefix="tailcache-corpus-"))
+        folder = self._cache.local / ("corpus" + durable.TEMPORARY)
+        durable.remove_tree(folder)  # whoever left it is dead
+        durable.make_folder(folder)
+        return folder
 
     def _append(self, name: str, values: NDArray[Any]) -> None:
         self._columns[name].append(values)
@@ -231,7 +245,7 @@ class CorpusWriter:
             durable.promote_folder(self._group, self._final.local)
         else:
             self._upload()
-            durable.remove_tree(self._group.parent)
+            durable.remove_tree(self._group)
         self._close()
         return Corpus(self._cache)
 
@@ -241,6 +255,9 @@ class CorpusWriter:
         Raises:
           MismatchError: another process was first.
         """
+        if has_corpus(self._cache):
+            raise MismatchError(f"{self._final}: another process has written a corpus there; choose another cache")
+        self._final.delete_all()  # what an upload that was interrupted left
         last = "manifest.json"
         for path in sorted(p for p in self._group.rglob("*") if p.is_file()):
             name = path.relative_to(self._group).as_posix()
@@ -264,7 +281,7 @@ class CorpusWriter:
                 self._close()
 
     def _close(self) -> None:
-        os.close(self._lock)
+        self._claim.release()
         self._open = False
 
     def __enter__(self) -> Self:

@@ -185,14 +185,10 @@ class Teacher:
             self.place.read_checked(file, known.get(file))
         return read_array(self.place, spec, length, f"teacher {self.name!r}, {name}")
 
-    @cached_property
-    def _shard_starts(self) -> NDArray[np.int64]:
-        """[num_shards + 1] the first target position of each shard."""
-        parts, step = [], self.layout.rows_per_shard
-        for first, piece in zip(itertools.count(0, 1 << 20), self.corpus.stream("target_offsets"), strict=False):
-            parts.append(piece[(-first) % step :: step])
-        starts = np.concatenate(parts)[: self.layout.num_shards]
-        return np.append(starts, self.num_targets)
+    def _shard_start(self, shard: int) -> int:
+        """The first target position of a shard."""
+        row, _ = self.layout.shard_rows(shard)
+        return int(self.corpus.read("target_offsets", row, row + 1)[0])
 
     # -- reading -----------------------------------------------------------------------------------------------
 
@@ -303,7 +299,7 @@ class Teacher:
         for shard in range(first // per_shard, -(-last // per_shard)):
             shard_first, shard_last = self.layout.shard_rows(shard)
             a, b = max(first, shard_first), min(last, shard_last)
-            start = int(self.corpus.read("target_offsets", shard_first, shard_first + 1)[0])
+            start = self._shard_start(shard)
             parts.append(self._slots(shard, int(offsets[a - first]) - start, int(offsets[b - first]) - start, names))
         return Targets.concatenate(parts) if parts else self._slots(0, 0, 0, names)
 
@@ -332,9 +328,9 @@ class Teacher:
                 f"teacher {self.name!r}: expected target positions within [0, {self.num_targets}), found "
                 f"{wanted.min()} to {wanted.max()}"
             )
-        starts = self._shard_starts
-        shards = np.searchsorted(starts, wanted, side="right") - 1
-        slots = wanted - starts[shards]
+        shards = self.corpus.rows_of_targets(wanted) // self.layout.rows_per_shard
+        touched, inverse = np.unique(shards, return_inverse=True)
+        slots = wanted - np.array([self._shard_start(int(shard)) for shard in touched])[inverse]
         groups = shards * (self.layout.shard_slots // self.layout.chunk) + slots // self.layout.chunk
         order = np.argsort(groups, kind="stable")
         parts = []
