@@ -130,7 +130,7 @@ def test_a_run_of_two_processes_goes_on_in_one(teacher: Teacher, tmp_path: Path)
     text = json.dumps({**settings, "batch_rows": 2, "max_steps": 7, "student": asdict(SMALL)})
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     done = subprocess.run(
-        [*command, str(teacher.corpus.path.parent), str(tmp_path / "two"), text],
+        [*command, str(teacher.corpus.cache_place), str(tmp_path / "two"), text],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,

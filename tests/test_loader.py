@@ -366,7 +366,7 @@ def test_real_processes_know_their_places_and_agree(teacher: Teacher, tmp_path: 
     script.write_text(PROCESSES)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, str(script), str(teacher.corpus.path.parent)], capture_output=True, text=True, timeout=240
+        [*command, str(script), str(teacher.corpus.cache_place)], capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = json.loads(done.stdout.splitlines()[-1])

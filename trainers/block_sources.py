@@ -90,7 +90,7 @@ class NeededBlocks(IterableDataset[Parcel]):
 
     def __init__(self, teacher: Teacher, rows: NDArray[np.int64], optional: tuple[str, ...], share: Share) -> None:
         self._teacher: Teacher | None = teacher
-        self._location, self._name, self._hash = str(teacher.corpus.path.parent), teacher.name, teacher.hash
+        self._location, self._name, self._hash = str(teacher.corpus.cache_place), teacher.name, teacher.hash
         self._rows, self._optional, self._share = rows, optional, share
         self._begin = shared(torch.zeros(2, dtype=torch.int64))  # workers that persist are told through it
         self._order = share.order(0)

@@ -122,7 +122,8 @@ class CacheLoader(DataLoader[Any]):
           num_workers: processes that read; without any, threads of this one do.
           prefetch_factor: blocks that each worker is ahead.
           persistent_workers: keep the workers for the next epoch.
-          multiprocessing_context: how workers begin; by default as is usual for the platform.
+          multiprocessing_context: how workers begin; by default as is usual for the platform, but "spawn" where the
+            cache is not on a local disk, because what talks to a store does not survive a fork.
           pin_memory: put batches into page-locked memory, where there is a GPU.
 
         Raises:
@@ -156,6 +157,8 @@ class CacheLoader(DataLoader[Any]):
             world_size=world_size,
             ends=ends,
         )
+        if num_workers and multiprocessing_context is None and teacher.place.local is None:
+            multiprocessing_context = "spawn"
         self._rows_hash = hashlib.sha256(chosen.astype("<i8").tobytes()).hexdigest()
         self._start = self._taken = 0  # rows of the order, by all processes together
         self._pin = pin_memory and torch.cuda.is_available()
