@@ -270,6 +270,10 @@ def test_workers_that_persist_follow_epochs_and_states(teacher: Teacher) -> None
     assert rows_in([first]) == rows_in(islice(plain, 1))
     loader.load_state_dict({**loader.state_dict(), "epoch": 0, "rows_taken": 6})
     assert rows_in(loader) == rows_in(loader_of(teacher))[6:]
+    plain.set_epoch(1)
+    loader.close()
+    assert rows_in(loader) == rows_in(plain)
+    loader.close()
 
 
 @pytest.mark.slow

@@ -211,6 +211,12 @@ class DistillTrainer(Trainer):
             self._batches.close()
             self._batches = None
 
+    def end_training(self) -> None:
+        """Read nothing more at all."""
+        self.end_epoch()
+        if self.loader is not None:
+            self.loader.close()
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:

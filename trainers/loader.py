@@ -179,6 +179,10 @@ class CacheLoader(DataLoader[Any]):
         """Steps of this process in a whole epoch."""
         return self._share.num_steps(0)
 
+    def close(self) -> None:
+        """End workers that persist; they begin again with the next iteration. Otherwise they end with the loader."""
+        self._iterator = None
+
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next iteration is; one that was loaded with a state goes on where it was."""
         if epoch != self.epoch:

@@ -171,7 +171,7 @@ class Reporter(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Close the bar, and stop reading."""
-        self.trainer.end_epoch()
+        self.trainer.end_training()
         if self._bar is not None:
             self._bar.close()
             self._bar = None
