@@ -222,11 +222,11 @@ class DistillTrainer(Trainer):
     ) -> tuple[list[Any], Tensor]:
         """The micro-batches of one optimizer step, and how many target positions they have over all devices.
 
-        They come from ``begin_epoch``'s iterator: ``Trainer``'s own would begin again and skip what was seen, batch by
-        batch; it is never advanced, and so costs nothing.
+        While training they come from ``begin_epoch``'s iterator: ``Trainer``'s own would begin again and skip what was
+        seen, batch by batch; it is never advanced, and so costs nothing.
         """
-        assert self._batches is not None
-        samples, _ = super().get_batch_samples(self._batches, num_batches, device)
+        batches = epoch_iterator if self._batches is None else self._batches
+        samples, _ = super().get_batch_samples(batches, num_batches, device)
         count = torch.tensor(sum(len(batch["labels"]) for batch in samples), device=device)
         if self.args.world_size > 1:
             count = self.accelerator.gather(count[None]).sum()
