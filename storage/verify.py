@@ -11,23 +11,24 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from tailcache.storage import durable
 from tailcache.storage.alignment import supervise_next
-from tailcache.storage.commits import MANIFEST_COPY, commit_chain, committed_shards, tail_sum_path
+from tailcache.storage.commits import MANIFEST_COPY, commit_chain, tail_sum_path
 from tailcache.storage.corpus import Corpus
 from tailcache.storage.errors import NotFoundError, TailcacheError
 from tailcache.storage.layout import Layout, commit_path
-from tailcache.storage.place import open_place
+from tailcache.storage.place import Location, Place, open_place
 from tailcache.storage.reader import Teacher
-from tailcache.storage.sealed import canonical, unseal
+from tailcache.storage.sealed import MAX_BYTES, canonical, unseal
 from tailcache.storage.verify_targets import teacher_problems
 
-__all__ = ["Fault", "verify"]
+__all__ = ["Fault", "Level", "verify"]
+
+Level = Literal["fast", "full"]
 
 _READ = 1 << 22
 _BLOCK_TOKENS = 1 << 20
@@ -51,11 +52,15 @@ class Fault:
         return f"{self.path}{place}: {self.problem}"
 
 
-def verify(path: str | Path, *, progress: Callable[[int], object] | None = None) -> list[Fault]:
+def verify(
+    location: Location | Place, *, level: Level = "full", progress: Callable[[int], object] | None = None
+) -> list[Fault]:
     """Verify a whole cache.
 
     Args:
-      path: the cache's folder.
+      location: the path or URL of the cache.
+      level: "full" reads every byte and decodes every value; "fast" reads the records only, and compares which files
+        there are, and the sizes of the shards' objects, with what the records say.
       progress: called with the number of bytes read, file by file.
 
     Returns:
@@ -64,200 +69,203 @@ def verify(path: str | Path, *, progress: Callable[[int], object] | None = None)
 
     Raises:
       NotFoundError: there is no cache at all.
+      StorageError: the place cannot be listed.
     """
-    root = Path(path)
-    if not (root / "corpus").is_dir():
-        raise NotFoundError(f"{root}: expected a cache with a folder 'corpus', found none")
-    check = _Check(root, progress or (lambda _: None))
+    place = open_place(location).uncached()
+    if "corpus" not in place.folders():
+        raise NotFoundError(f"{place}: expected a cache with a folder 'corpus', found none")
+    check = _Check(place, level, progress or (lambda _: None))
     check.corpus()
-    teachers = root / "teachers"
-    if teachers.is_dir():
-        for folder in sorted(p for p in teachers.iterdir() if p.is_dir()):
-            check.teacher(folder)
+    for name in place.folders("teachers"):
+        check.teacher(name)
     check.unknown_files()
     return check.faults
 
 
 class _Check:
-    def __init__(self, root: Path, progress: Callable[[int], object]) -> None:
-        self.root, self.progress = root, progress
+    """Names are relative to the cache, with "/" between their parts."""
+
+    def __init__(self, place: Place, level: Level, progress: Callable[[int], object]) -> None:
+        self.place, self.level, self.progress = place, level, progress
         self.faults: list[Fault] = []
-        self._known: set[Path] = set()
+        self._sizes = dict(place.files())
+        self._known: set[str] = set()
         self._corpus: Corpus | None = None
 
-    def _fault(self, path: Path, problem: str, shard: int | None = None, field: str | None = None) -> None:
-        name = str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
+    def _fault(self, name: str, problem: str, shard: int | None = None, field: str | None = None) -> None:
         self.faults.append(Fault(path=name, problem=problem, shard=shard, field=field))
+
+    def _know_all(self, start: str) -> None:
+        self._known.update(name for name in self._sizes if name.startswith(start))
 
     # -- bytes -------------------------------------------------------------------------------------------------
 
-    def _digest(self, path: Path) -> str | None:
-        self._known.add(path)
-        digest = hashlib.sha256()
+    def _digest(self, name: str, shard: int | None, field: str | None) -> str | None:
+        digest, size = hashlib.sha256(), self._sizes[name]
         try:
-            with open(path, "rb") as file:
-                while piece := file.read(_READ):
-                    digest.update(piece)
-                    self.progress(len(piece))
+            for first in range(0, size, _READ):
+                [piece] = self.place.read_ranges(name, [(first, min(first + _READ, size))])
+                digest.update(piece)
+                self.progress(len(piece))
         except OSError as error:
-            self._fault(path, f"cannot be read: {error.strerror}")
+            self._fault(name, f"cannot be read: {error.strerror or error}", shard, field)
             return None
         return digest.hexdigest()
 
-    def _match(self, path: Path, expected: str, shard: int | None = None, field: str | None = None) -> bool:
-        if not path.is_file():
-            self._known.add(path)
-            self._fault(path, "missing", shard, field)
-            return False
-        found = self._digest(path)
-        if found is not None and found != expected:
-            self._fault(path, f"its checksum does not match: stored {expected}, computed {found}", shard, field)
-        return found == expected
+    def _match(
+        self, name: str, expected: str, shard: int | None = None, field: str | None = None, size: int | None = None
+    ) -> None:
+        """A file is there, has its size where that is on record, and its hash."""
+        self._known.add(name)
+        if name not in self._sizes:
+            self._fault(name, "missing", shard, field)
+        elif size is not None and self._sizes[name] != size:
+            self._fault(name, f"expected {size} bytes, found {self._sizes[name]}", shard, field)
+        elif self.level == "full":
+            found = self._digest(name, shard, field)
+            if found is not None and found != expected:
+                self._fault(name, f"its checksum does not match: stored {expected}, computed {found}", shard, field)
 
-    def _record(self, path: Path, shard: int | None = None) -> dict[str, Any] | None:
-        """A sealed record; none, with a fault, where it is damaged."""
-        self._known.add(path)
+    def _record(self, name: str, shard: int | None = None) -> tuple[dict[str, Any], str] | None:
+        """A sealed record and the hash of its bytes; none, with a fault, where it is damaged."""
+        self._known.add(name)
         try:
-            data = path.read_bytes()
+            data = self.place.read_limited(name, MAX_BYTES)
             self.progress(len(data))
-            return unseal(data, path.name)
+            return unseal(data, name.rsplit("/", 1)[-1]), durable.sha256(data)
         except FileNotFoundError:
-            self._fault(path, "missing", shard)
+            self._fault(name, "missing", shard)
         except (TailcacheError, OSError) as error:
-            self._fault(path, str(error), shard)
+            self._fault(name, str(error), shard)
         return None
 
     # -- the corpus --------------------------------------------------------------------------------------------
 
     def corpus(self) -> None:
-        folder = self.root / "corpus"
         before = len(self.faults)
-        manifest = self._record(folder / "manifest.json")
-        checksums = self._record(folder / "checksums.json")
-        if manifest is not None and checksums is not None:
-            digest = durable.sha256((folder / "checksums.json").read_bytes())
-            if digest != manifest.get("checksums"):
-                self._fault(folder / "checksums.json", "belongs to another manifest")
+        manifest = self._record("corpus/manifest.json")
+        checksums = self._record("corpus/checksums.json")
+        if manifest is not None and checksums is not None and checksums[1] != manifest[0].get("checksums"):
+            self._fault("corpus/checksums.json", "belongs to another manifest")
         if checksums is not None:
-            for name, expected in sorted(checksums["files"].items()):
-                self._match(folder / name, expected, field=name.split("/")[0] if "/c/" in name else None)
+            for name, expected in sorted(checksums[0]["files"].items()):
+                self._match(f"corpus/{name}", expected, field=name.split("/")[0] if "/c/" in name else None)
         if len(self.faults) > before or manifest is None:
             return  # the values cannot be trusted, and what is damaged has been said
         try:
-            self._corpus = Corpus(folder.parent)
-            for problem in _corpus_problems(self._corpus):
-                self._fault(folder, problem)
+            self._corpus = Corpus(self.place)
+            for problem in _corpus_problems(self._corpus) if self.level == "full" else ():
+                self._fault("corpus", problem)
         except TailcacheError as error:
-            self._fault(folder, str(error))
+            self._fault("corpus", str(error))
 
     # -- a teacher ---------------------------------------------------------------------------------------------
 
-    def teacher(self, folder: Path) -> None:
-        manifest_path = folder / "manifest.json"
-        if not manifest_path.exists():
-            if any((folder / "commits").glob("*.json")) or (folder / "complete.json").exists():
-                self._fault(manifest_path, "missing, though shards are committed")
+    def teacher(self, name: str) -> None:
+        folder = f"teachers/{name}"
+        finished = f"{folder}/complete.json" in self._sizes
+        if f"{folder}/manifest.json" not in self._sizes:
+            if finished or any(file.startswith(f"{folder}/commits/") for file in self._sizes):
+                self._fault(f"{folder}/manifest.json", "missing, though shards are committed")
             else:  # a capture that was killed before its first commit: nothing is there yet
-                self._known.update(p for p in folder.rglob("*") if p.is_file())
+                self._know_all(f"{folder}/")
             return
-        manifest = self._record(manifest_path)
-        if manifest is None:
-            self._known.update(p for p in folder.rglob("*") if p.is_file())
+        record = self._record(f"{folder}/manifest.json")
+        if record is None:
+            self._know_all(f"{folder}/")
             return
+        manifest, seal = record
         before = len(self.faults)
-        seal = durable.sha256(manifest_path.read_bytes())
         if self._corpus is not None and manifest["corpus_hash"] != self._corpus.hash:
-            self._fault(manifest_path, "captured over another corpus than the one beside it")
-        for name, expected in sorted(manifest["files"].items()):
-            self._match(folder / name, expected)
+            self._fault(f"{folder}/manifest.json", "captured over another corpus than the one beside it")
+        for file, expected in sorted(manifest["files"].items()):
+            self._match(f"{folder}/{file}", expected)
         try:
             layout = Layout.from_attributes(manifest["layout"], "layout")
         except TailcacheError as error:
-            self._fault(manifest_path, str(error))
+            self._fault(f"{folder}/manifest.json", str(error))
             return
         if layout.format_version > 1:
-            self._match(folder / MANIFEST_COPY, seal)
-        complete = self._record(folder / "complete.json") if (folder / "complete.json").exists() else None
-        committed = self._commits(folder, layout, seal, finished=(folder / "complete.json").exists())
-        if complete is not None:
-            if complete["manifest"] != seal:
-                self._fault(folder / "complete.json", "belongs to another manifest")
-            for name, expected in complete["files"].items():
-                self._match(folder / name, expected)
-            # Killed after its last record, before it tidied up: nobody reads these any more.
-            self._known.update((folder / "partial").glob("tail_sum-*.bin"))
-            self._known.update((folder / "claims").glob("*"))
-            if (
-                len(committed) == layout.num_shards
-                and commit_chain(open_place(folder), layout.num_shards) != complete["commits"]
-            ):
-                self._fault(folder / "complete.json", "the commit records are not those it was written over")
-            if len(self.faults) == before and self._corpus is not None:
-                self._values(folder)
-        else:
+            self._match(f"{folder}/{MANIFEST_COPY}", seal)
+        complete = self._record(f"{folder}/complete.json") if finished else None
+        committed = self._commits(folder, layout, seal, finished=finished)
+        if complete is None:
             self._unfinished(folder, layout, committed)
+            return
+        if complete[0]["manifest"] != seal:
+            self._fault(f"{folder}/complete.json", "belongs to another manifest")
+        for file, expected in complete[0]["files"].items():
+            self._match(f"{folder}/{file}", expected)
+        # Killed after its last record, before it tidied up: nobody reads these any more.
+        self._know_all(f"{folder}/partial/tail_sum-")
+        self._know_all(f"{folder}/claims/")
+        if len(committed) == layout.num_shards and (
+            commit_chain(self.place / folder, layout.num_shards) != complete[0]["commits"]
+        ):
+            self._fault(f"{folder}/complete.json", "the commit records are not those it was written over")
+        if len(self.faults) == before and self._corpus is not None and self.level == "full":
+            self._values(name)
 
-    def _commits(self, folder: Path, layout: Layout, seal: str, *, finished: bool) -> list[int]:
-        committed = committed_shards(open_place(folder), layout)
-        for shard in sorted(set(range(layout.num_shards)) - set(committed)) if finished else ():
-            self._fault(folder / commit_path(shard), "missing, though the capture was complete", shard)
+    def _commits(self, folder: str, layout: Layout, seal: str, *, finished: bool) -> list[int]:
+        committed = []
+        for shard in range(layout.num_shards):
+            name = f"{folder}/{commit_path(shard)}"
+            if name in self._sizes:
+                committed.append(shard)
+            elif finished:
+                self._fault(name, "missing, though the capture was complete", shard)
         for shard in committed:
-            path = folder / commit_path(shard)
-            record = self._record(path, shard)
-            if record is None:
-                self._known.update(folder / spec.object_path(shard) for spec in layout.fields().values())
+            name = f"{folder}/{commit_path(shard)}"
+            found = self._record(name, shard)
+            if found is None:
+                self._known.update(f"{folder}/{spec.object_path(shard)}" for spec in layout.fields().values())
                 continue
+            record, _ = found
             if record["shard"] != shard or record["manifest"] != seal:
-                self._fault(path, "belongs to another shard or capture", shard)
+                self._fault(name, "belongs to another shard or capture", shard)
             if record["rows"] != list(layout.shard_rows(shard)):
-                self._fault(path, f"expected rows {layout.shard_rows(shard)}, found {record['rows']}", shard)
+                self._fault(name, f"expected rows {layout.shard_rows(shard)}, found {record['rows']}", shard)
             expected = {spec.object_path(shard) for spec in layout.fields().values()} if record["positions"] else set()
             if set(record["files"]) != expected:
-                self._fault(path, f"expected objects {sorted(expected)}, found {sorted(record['files'])}", shard)
-            for name, entry in sorted(record["files"].items()):
-                self._match(folder / name, entry["sha256"], shard, name.split("/")[0])
+                self._fault(name, f"expected objects {sorted(expected)}, found {sorted(record['files'])}", shard)
+            for file, entry in sorted(record["files"].items()):
+                self._match(f"{folder}/{file}", entry["sha256"], shard, file.split("/")[0], entry["bytes"])
         return committed
 
-    def _unfinished(self, folder: Path, layout: Layout, committed: list[int]) -> None:
+    def _unfinished(self, folder: str, layout: Layout, committed: list[int]) -> None:
         """What an unfinished capture may leave: objects of shards at work, temporary files, claims, sums of tails."""
         # Before version 2 the sum was a running one, and only the last one was kept.
         for shard in committed if layout.format_version > 1 else committed[-1:]:
-            path = folder / commit_path(shard)
             try:
-                expected = unseal(path.read_bytes(), path.name)["tail_sum"]
-                self._match(folder / tail_sum_path(shard), expected, shard)
-            except TailcacheError:
+                data = self.place.read_limited(f"{folder}/{commit_path(shard)}", MAX_BYTES)
+                self._match(f"{folder}/{tail_sum_path(shard)}", unseal(data, "commit")["tail_sum"], shard)
+            except (TailcacheError, FileNotFoundError):
                 pass  # said above
-        for spec in [*layout.fields().values(), *layout.constants().values()]:
-            self._known.update(p for p in (folder / spec.name).rglob("*") if p.is_file())
-        self._known.update(p for name in ("partial", "claims") for p in (folder / name).glob("*") if p.is_file())
+        for name in (*layout.fields(), *layout.constants(), "partial", "claims"):
+            self._know_all(f"{folder}/{name}/")
 
-    def _values(self, folder: Path) -> None:
+    def _values(self, name: str) -> None:
         assert self._corpus is not None
         try:
-            teacher = Teacher(self._corpus, folder.name)
-            for shard, problem in teacher_problems(teacher):
-                self._fault(folder, problem, shard)
+            for shard, problem in teacher_problems(Teacher(self._corpus, name)):
+                self._fault(f"teachers/{name}", problem, shard)
         except TailcacheError as error:
-            self._fault(folder, str(error))
+            self._fault(f"teachers/{name}", str(error))
 
     # -- what nobody knows -------------------------------------------------------------------------------------
 
     def unknown_files(self) -> None:
-        corpus_damaged = self._corpus is None
-        for path in sorted(p for p in self.root.rglob("*") if p.is_file() or p.is_symlink()):
-            relative = path.relative_to(self.root)
-            if path in self._known or path.name.endswith(durable.TEMPORARY):
+        for name, size in self._sizes.items():
+            parts = name.split("/")
+            if name in self._known or any(part.endswith(durable.TEMPORARY) for part in parts):
                 continue
-            if relative.parts[0] == "teachers" and len(relative.parts) == 2 and path.suffix == ".lock":
-                if path.stat().st_size:
-                    self._fault(path, f"expected an empty lock file, found {path.stat().st_size} bytes")
+            if parts[0] == "teachers" and len(parts) == 2 and name.endswith(".lock"):
+                if size:
+                    self._fault(name, f"expected an empty lock file, found {size} bytes")
                 continue
-            if any(part.endswith(durable.TEMPORARY) for part in relative.parts):
-                continue
-            if corpus_damaged and relative.parts[0] == "corpus":
+            if self._corpus is None and parts[0] == "corpus":
                 continue  # without its list of checksums, all of the corpus' files are unknown
-            self._fault(path, "a file that no record of the cache knows")
+            self._fault(name, "a file that no record of the cache knows")
 
 
 def _corpus_problems(corpus: Corpus) -> Iterator[str]:
