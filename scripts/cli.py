@@ -70,6 +70,12 @@ VERBS = {
         "tailcache.scripts.export",
         ("cache",),
     ),
+    "derive": Verb(
+        "make a smaller, partial, merged or copied cache, without the teacher",
+        "tailcache.scripts.derive:DeriveConfig",
+        "tailcache.scripts.derive",
+        ("source", "target"),
+    ),
     "verify": Verb(
         "read every byte of a cache and list all faults",
         "tailcache.scripts.verify:VerifyConfig",

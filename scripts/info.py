@@ -85,6 +85,7 @@ def _corpus_info(corpus: Corpus) -> dict[str, Any]:
         "tokenizer": corpus.manifest["tokenizer"],
         "source": corpus.manifest["source"],
         "recipe": corpus.manifest["recipe"],
+        "parent": None if corpus.parent is None else {n: corpus.parent[n] for n in ("hash", "num_rows")},
         "report": corpus.manifest["report"],
         "bytes": sizes,
         "bytes_total": sum(sizes.values()),
@@ -126,7 +127,7 @@ def info_text(info: dict[str, Any]) -> str:
         f"cache {info['cache']}",
         "",
         f"corpus {corpus['hash']}",
-        f"  rows              {corpus['rows']:>14,}   {corpus['held_out_rows']:,} of them held out",
+        f"  rows              {corpus['rows']:>14,}   {corpus['held_out_rows']:,} of them held out" + _part_of(corpus),
         f"  tokens            {corpus['tokens']:>14,}   vocabulary {corpus['vocab_size']:,}",
         f"  target positions  {corpus['target_positions']:>14,}   {corpus['held_out_target_positions']:,} held out",
         f"  bytes             {corpus['bytes_total']:>14,}   tokens {corpus['bytes'].get('tokens', 0):,}, tokenizer "
@@ -142,6 +143,24 @@ def info_text(info: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _part_of(corpus: dict[str, Any]) -> str:
+    parent = corpus["parent"]
+    return "" if parent is None else f"; of the {parent['num_rows']:,} of corpus {_cut(parent['hash'])}"
+
+
+def _lineage_lines(provenance: dict[str, Any]) -> list[str]:
+    """What a derived teacher was made of, oldest first."""
+    lines = []
+    for entry in provenance.get("derived", []):
+        what = ", ".join(f"{name} {_cut(value)}" for name, value in _flat(entry.get("parameters", {}), ""))
+        lines.append(
+            f"  derived           {entry.get('operation')}: {what or 'no change of values'}; of teacher "
+            f"{_cut(entry.get('source_teacher'))} over corpus {_cut(entry.get('source_corpus'))}; mean tail "
+            f"{entry.get('mean_tail')}"
+        )
+    return lines
+
+
 def _teacher_lines(teacher: dict[str, Any]) -> list[str]:
     hidden = teacher["hidden"]
     state = "complete" if teacher["complete"] else "NOT FINISHED: run the same `tailcache capture` again to continue"
@@ -154,7 +173,8 @@ def _teacher_lines(teacher: dict[str, Any]) -> list[str]:
         + ("" if hidden is None else f", hidden states {hidden['kind']} x {hidden['width']:,}")
         + f", vocabulary {teacher['vocab_size']:,}",
         f"  settings          {_short(teacher['settings'])}",
-        f"  provenance        {_short(teacher['provenance'])}",
+        f"  provenance        {_short({n: v for n, v in teacher['provenance'].items() if n != 'derived'})}",
+        *_lineage_lines(teacher["provenance"]),
         f"  {'field':<22}{'bytes':>16}{'bytes/position':>16}",
     ]
     for name, size in teacher["bytes"].items():

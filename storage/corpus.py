@@ -9,6 +9,7 @@
       target_offsets       [R + 1] int64           how many targets lie before each row
       held_out             [R] bool                the row is for evaluation, never for training
       token_counts         [V] int64               how often each token occurs
+      parent_rows          [R] int64               only where this is a part of another corpus: each row's place there
       tokenizer/           the tokenizer's own files
       checksums.json       sealed: sha256 of every other file
       manifest.json        sealed: sizes, content hash, tokenizer, source, recipe, report
@@ -48,8 +49,8 @@ _CHUNKS_KEPT, _TABLES_KEPT = 16, 1 << 14  # decoded chunks of at most 0.5 MB, ta
 _BLOCK = 1 << 20  # elements read at a time where a whole array is streamed
 
 
-def corpus_arrays(vocab_size: int) -> dict[str, ArraySpec]:
-    """How each array of a corpus lies on disk, by name."""
+def corpus_arrays(vocab_size: int, *, part: bool = False) -> dict[str, ArraySpec]:
+    """How each array of a corpus lies on disk, by name; of one that is a part of another, ``parent_rows`` too."""
     token_type = "uint16" if vocab_size <= 1 << 16 else "uint32"
 
     def spec(name: str, dtype: str, meaning: str) -> ArraySpec:
@@ -68,6 +69,8 @@ def corpus_arrays(vocab_size: int) -> dict[str, ArraySpec]:
         spec("held_out", "bool", "the row is for evaluation, never for training"),
         spec("token_counts", "int64", "occurrences of each token id in tokens"),
     ]
+    if part:
+        specs.append(spec("parent_rows", "int64", "the row's place in the corpus that this is a part of; ascending"))
     return {s.name: s for s in specs}
 
 
@@ -113,6 +116,7 @@ class Corpus:
     Attributes:
       cache_place: of the whole cache.
       place: of the corpus.
+      parent: of a part of another corpus, that one's ``hash``, ``num_rows`` and ``report``; none of a whole one.
 
     Raises:
       NotFoundError: there is none.
@@ -152,11 +156,13 @@ class Corpus:
         self.num_targets: int = self.manifest["num_targets"]
         self.vocab_size: int = self.manifest["vocab_size"]
         self.hash: str = self.manifest["hash"]
-        self._specs = corpus_arrays(self.vocab_size)
+        self.parent: dict[str, Any] | None = self.manifest.get("parent")
+        self._specs = corpus_arrays(self.vocab_size, part=self.parent is not None)
         self._lengths: dict[str, int] = {
             "row_offsets": self.num_rows + 1,
             "target_offsets": self.num_rows + 1,
             "held_out": self.num_rows,
+            "parent_rows": self.num_rows,
             "token_counts": self.vocab_size,
         }
         self._recent: Recent[tuple[str, int], NDArray[Any]] = Recent(_CHUNKS_KEPT)

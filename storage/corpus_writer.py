@@ -73,13 +73,22 @@ class CorpusWriter:
     Args:
       cache: where the cache lies; made if needed. A remote one is staged in a temporary folder on this machine.
       vocab_size: number of real token ids V; every token must be below it.
+      parent: where this is a part of another corpus, that one's ``hash``, ``num_rows`` and ``report``.
+      parent_rows: with ``parent``, the place there of each row that will be appended.
 
     Raises:
       MismatchError: the cache has a corpus already, or another process is writing one.
       StorageError: the place cannot be written.
     """
 
-    def __init__(self, cache: Location | Place, *, vocab_size: int) -> None:
+    def __init__(
+        self,
+        cache: Location | Place,
+        *,
+        vocab_size: int,
+        parent: dict[str, Any] | None = None,
+        parent_rows: NDArray[np.int64] | None = None,
+    ) -> None:
         self._cache = open_place(cache)
         self._final = self._cache / "corpus"
         if has_corpus(self._cache):
@@ -89,7 +98,7 @@ class CorpusWriter:
             )
         if not 1 <= vocab_size <= 1 << 31:
             raise DataError(f"vocabulary size: expected 1 to 2^31, found {vocab_size}")
-        self._vocab_size = vocab_size
+        self._vocab_size, self._parent = vocab_size, parent
         claim = self._cache.claim(_CLAIM)
         if claim is None:
             raise MismatchError(
@@ -105,7 +114,7 @@ class CorpusWriter:
         self._chunk_seals: dict[str, str] = {}
         self._columns = {
             name: _Column(spec, self._group, self._checksums, self._chunk_seals)
-            for name, spec in corpus_arrays(vocab_size).items()
+            for name, spec in corpus_arrays(vocab_size, part=parent is not None).items()
         }
         self._digests = {
             name: hashlib.sha256() for name in ("tokens", "document_start", "supervised", "row_lengths", "held_out")
@@ -115,6 +124,9 @@ class CorpusWriter:
         self.num_rows = self.num_tokens = self.num_targets = 0
         self._append("row_offsets", np.zeros(1, np.int64))
         self._append("target_offsets", np.zeros(1, np.int64))
+        if parent is not None:
+            assert parent_rows is not None
+            self._append("parent_rows", parent_rows)
 
     def _stage(self) -> Path:
         """An empty folder on this machine."""
@@ -239,6 +251,7 @@ class CorpusWriter:
             "recipe": recipe,
             "report": report,
             "checksums": durable.sha256(checksums),
+            **({} if self._parent is None else {"parent": self._parent}),
         }
         durable.write_file(self._group / "manifest.json", seal(manifest))
         if self._final.local is not None:

@@ -332,6 +332,6 @@ def test_a_real_run_from_the_shell(tmp_path: Path) -> None:
 
 
 def test_every_verb_is_declared_with_a_light_settings_class() -> None:
-    assert set(VERBS) == {"prepare", "capture", "train", "compare", "export", "verify", "info"}
+    assert set(VERBS) == {"prepare", "capture", "train", "compare", "export", "derive", "verify", "info"}
     assert all(":" in verb.config and verb.summary for verb in VERBS.values())
     assert cli.__all__ == ["VERBS", "Verb", "main"]

@@ -21,6 +21,7 @@ from tailcache.pipeline.export_config import ExportConfig
 from tailcache.pipeline.export_files import SplitFiles
 from tailcache.scripts.cli import main
 from tailcache.storage.errors import ConfigError, CorruptError, MismatchError
+from tailcache.storage.place import open_place
 from tailcache.storage.reader import Teacher, open_cache
 
 SETTINGS = {"seed": 1, "weights": "ab" * 32, "sampling": "systematic", "dtype": "float32"}
@@ -306,3 +307,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "licence" not in printed
     assert main(["export", "--cache", cache, "--teacher", "nobody", "--out", out + "2"]) == 1
     assert "nobody" in capsys.readouterr().err
+
+
+def test_to_a_store(tmp_path: Path, s3_url: str) -> None:
+    """The card comes last, so that nobody takes half an export for a whole one; what is there is the same."""
+    _cache(tmp_path)
+    here = _export(tmp_path)
+    export(ExportConfig(cache=str(tmp_path / "cache"), teacher="t", out=f"{s3_url}/out"), show_progress=False)
+    place = open_place(f"{s3_url}/out")
+    expected = {p.relative_to(here).as_posix(): p.read_bytes() for p in here.rglob("*") if p.is_file()}
+    assert {name: place.read(name) for name, _ in place.files()} == expected
+    with pytest.raises(MismatchError, match="expected no files there yet"):
+        export(ExportConfig(cache=str(tmp_path / "cache"), teacher="t", out=f"{s3_url}/out"), show_progress=False)
