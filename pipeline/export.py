@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import mmap
-import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from tailcache.storage import durable
 from tailcache.storage.codec import Targets
 from tailcache.storage.corpus import Corpus, Rows
 from tailcache.storage.errors import ConfigError, MismatchError
+from tailcache.storage.local_place import LocalPlace
 from tailcache.storage.place import Place, open_place
 from tailcache.storage.reader import Teacher, open_cache
 from tailcache.storage.shrink import shrink, shrink_key
@@ -109,19 +109,20 @@ def _staged(place: Place) -> Iterator[Path]:
             _upload(Path(scratch), place)
         return
     folder = final.with_name(final.name + durable.TEMPORARY)
-    if folder.is_dir():
-        os.close(durable.lock_folder(folder))  # whoever left it is dead
-        durable.remove_tree(folder)
-    durable.make_folder(folder)
-    lock = durable.lock_folder(folder)
+    claim = LocalPlace(final.parent).claim(f"{final.name}.claim{durable.TEMPORARY}")
+    if claim is None:
+        raise MismatchError(f"{place}: another process is writing there; wait for it, or choose another --out")
     try:
-        yield folder
-        durable.promote_folder(folder, final)
-    except BaseException:
-        durable.remove_tree(folder)
-        raise
+        durable.remove_tree(folder)  # whoever left it is dead
+        durable.make_folder(folder)
+        try:
+            yield folder
+            durable.promote_folder(folder, final)
+        except BaseException:
+            durable.remove_tree(folder)
+            raise
     finally:
-        os.close(lock)
+        claim.release()
 
 
 def _upload(folder: Path, place: Place) -> None:

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable
 
 from tailcache.storage import durable
+from tailcache.storage.commits import MANIFEST_COPY
 from tailcache.storage.corpus import Corpus, corpus_arrays
 from tailcache.storage.durable import TEMPORARY, sha256
 from tailcache.storage.errors import CorruptError, MismatchError, StorageError
@@ -102,6 +103,8 @@ def copy_teacher(source: Place, target: Place, name: str, progress: Progress = l
     else:
         for file, expected in sorted(manifest.files.items()):
             _copy(here, there, file, expected, progress)
+        if manifest.layout.format_version > 1:
+            there.write(MANIFEST_COPY, manifest_data)
         _seal(there, "manifest.json", manifest_data)
     chain = hashlib.sha256()
     for shard in range(manifest.layout.num_shards):

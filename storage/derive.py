@@ -161,7 +161,8 @@ def derive_teacher(
     with TargetsWriter(
         corpus, name, layout=job.layout, settings=job.settings, provenance=job.provenance, head=head
     ) as writer:
-        for shard in range(writer.num_committed, job.layout.num_shards):
+        progress(writer.positions)
+        for shard in writer.shards():
             targets, total = job.shard(shard)
             writer.write_shard(shard, targets, total)
             progress(len(targets))

@@ -433,12 +433,17 @@ def test_info_shows_the_lineage(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_to_a_store_and_back(tmp_path: Path, s3_url: str, faults: Any) -> None:
-    """Copied to a store whose answers fail now and then, and copied back."""
+    """Copied to a store whose answers fail now and then, made smaller there, and copied back."""
     _cache(tmp_path)
     faults.add("503", times=3)
     assert main(["derive", str(tmp_path / "cache"), f"{s3_url}/copy"]) == 0
+    assert main(["derive", f"{s3_url}/copy", f"{s3_url}/small", "--top-k", "5", "--split", "train"]) == 0
     assert main(["derive", f"{s3_url}/copy", str(tmp_path / "back")]) == 0
     assert _tree(tmp_path / "back") == _tree(tmp_path / "cache")
+    local = _derive(tmp_path, "local", "--top-k", "5", "--split", "train")
+    assert main(["derive", f"{s3_url}/small", str(tmp_path / "small")]) == 0
+    assert _tree(tmp_path / "small") == _tree(tmp_path / "local")
+    assert open_cache(f"{s3_url}/small").teacher("t").hash == local.hash
 
 
 @pytest.mark.slow
