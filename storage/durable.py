@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
@@ -19,12 +18,11 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from tailcache.storage.errors import MismatchError, StorageError, TailcacheError
+from tailcache.storage.errors import StorageError, TailcacheError
 
 __all__ = [
     "TEMPORARY",
     "create_file",
-    "lock_folder",
     "make_folder",
     "move_file",
     "named",
@@ -155,27 +153,6 @@ def promote_folder(temporary: Path, final: Path) -> None:
             _sync_folder(Path(folder))
         os.rename(temporary, final)
         _sync_folder(final.parent)
-
-
-def lock_folder(folder: Path) -> int:
-    """Keep other processes from writing below a folder, until the descriptor is closed or this process ends.
-
-    Raises:
-      MismatchError: another process is writing there.
-      StorageError: the folder cannot be opened.
-    """
-    with named(folder, "opening"):
-        descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise MismatchError(
-            f"{folder}: another process is writing there; wait for it, or choose another cache"
-        ) from error
-    except OSError:
-        pass  # a file system without locks: there, two writers are not noticed
-    return descriptor
 
 
 def remove_tree(path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tailcache.storage import durable
-from tailcache.storage.errors import MismatchError, StorageError
+from tailcache.storage.errors import StorageError
 
 
 @pytest.fixture
@@ -89,16 +89,6 @@ def test_missing_places_are_storage_errors(tmp_path: Path) -> None:
         durable.make_folder(tmp_path / "file" / "below")
     with pytest.raises(StorageError, match=str(tmp_path)):
         durable.promote_folder(tmp_path / "nowhere", tmp_path / "x")
-    with pytest.raises(StorageError, match=str(tmp_path)):
-        durable.lock_folder(tmp_path / "nowhere")
-
-
-def test_a_folder_is_locked_once(tmp_path: Path) -> None:
-    descriptor = durable.lock_folder(tmp_path)
-    with pytest.raises(MismatchError, match="another process is writing there"):
-        durable.lock_folder(tmp_path)
-    os.close(descriptor)
-    os.close(durable.lock_folder(tmp_path))
 
 
 def test_remove_and_sweep(tmp_path: Path) -> None:
