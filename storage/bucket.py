@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import re
-import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -109,9 +108,10 @@ class Bucket:
         self.reading = make(0, {"read_timeout": timedelta(seconds=timeout), "timeout": timedelta(hours=1)})
         self.writing = make(0, {"timeout": timedelta(seconds=4 * timeout)})
         self.sending_parts = make(4, {"timeout": timedelta(seconds=4 * timeout)})
-        self._pool: ThreadPoolExecutor | None = None
+        # Threads begin when they are first needed. Two pools, for one that waited for itself would wait for ever.
+        self._piece_pool = ThreadPoolExecutor(_PARALLEL, "tailcache-pieces")
+        self._object_pool = ThreadPoolExecutor(_PARALLEL, "tailcache-objects")
         self._clock: tuple[float, float] | None = None
-        self._lock = threading.Lock()
 
     def url(self, key: str = "") -> str:
         """How to call an object in messages."""
@@ -171,13 +171,12 @@ class Bucket:
         return Failure(kind="permanent", text=text, remedy=f"check the name of the bucket{region}; {credentials}")
 
     def map(self, action: Callable[[Any], _T], items: Sequence[Any]) -> list[_T]:
-        """Do something for several items at once, at most eight at a time."""
-        if len(items) <= 1:
-            return [action(item) for item in items]
-        with self._lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(_PARALLEL, "tailcache-remote")
-        return list(self._pool.map(action, items))
+        """Do something for several pieces of an object at once, at most eight at a time."""
+        return _at_once(self._piece_pool, action, items)
+
+    def map_objects(self, action: Callable[[Any], _T], items: Sequence[Any]) -> list[_T]:
+        """Do something for several objects at once; it may in turn read pieces of them at once."""
+        return _at_once(self._object_pool, action, items)
 
     # -- reading -----------------------------------------------------------------------------------------------
 
@@ -322,6 +321,10 @@ class Bucket:
             finally:
                 self.delete([probe])
         return self._clock[1] + time.monotonic() - self._clock[0]
+
+
+def _at_once(pool: ThreadPoolExecutor, action: Callable[[Any], _T], items: Sequence[Any]) -> list[_T]:
+    return [action(item) for item in items] if len(items) <= 1 else list(pool.map(action, items))
 
 
 def _client_options(kind: str) -> dict[str, Any]:

@@ -30,6 +30,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tailcache.storage.durable import sha256
 from tailcache.storage.errors import CorruptError
@@ -43,6 +44,7 @@ _LARGEST = 64 << 20
 _TOUCH_SECONDS = 60.0  # uses closer together than this count as one
 _OFF_SECONDS = 60.0  # how long a disk that failed, or a file that is not what was committed, is left alone
 _FOLDER_SECONDS = 7 * 86_400.0  # folders may be in use by a path, so they are kept for some time after their last use
+_HASH = re.compile("[0-9a-f]{64}")
 _log = logging.getLogger(__name__)
 
 
@@ -111,7 +113,7 @@ class DiskCache:
                 if found is not None:
                     return found
                 data = _fetch(load, digest, size)
-                if data is None:
+                if data is None or not self.holds(digest, len(data)):
                     self._refused[digest] = time.monotonic() + _OFF_SECONDS
                     return None
                 self._insert(digest, data)
@@ -275,9 +277,13 @@ class CachedPlace(Place):
         """As the place itself."""
         return self._place.survives_fork
 
+    def map(self, action: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        """Do something for several files, as the place does."""
+        return self._place.map(action, items)
+
     def expect(self, name: str, sha256: str, size: int | None = None) -> None:
         """Read a file from a copy with this hash from now on."""
-        if re.fullmatch(r"[0-9a-f]{64}", sha256) and (size is None or size >= 0):
+        if _HASH.fullmatch(sha256) and (size is None or size >= 0):
             self._known[self._prefix + name] = (sha256, size)
 
     def uncached(self) -> Place:
@@ -301,9 +307,17 @@ class CachedPlace(Place):
 
     def read_checked(self, name: str, expected: str | None) -> bytes:
         """The whole content of a file whose hash is on record; from a copy, where it can be."""
-        if expected is not None:
-            self.expect(name, expected)
-        return super().read_checked(name, expected)
+        if expected is not None and _HASH.fullmatch(expected) and self._cache.holds(expected, 0):
+            with contextlib.suppress(FileNotFoundError):
+                descriptor = self._cache.open(expected, None, lambda: self._place.read(name))
+                if descriptor is not None:
+                    try:
+                        size = os.fstat(descriptor).st_size
+                        self.expect(name, expected, size)
+                        return _read_all(descriptor, size)
+                    finally:
+                        os.close(descriptor)
+        return self._place.read_checked(name, expected)
 
     def read_limited(self, name: str, limit: int) -> bytes:
         """A whole file of at most some size."""

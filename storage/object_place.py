@@ -7,7 +7,7 @@ meanwhile, reading begins again. How requests fail and are retried is in ``bucke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tailcache.storage import lease
@@ -65,6 +65,10 @@ class ObjectPlace(Place):
     def survives_fork(self) -> bool:
         """Not this one."""
         return False
+
+    def map(self, action: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        """Do something for several files, eight at a time. What is done may not call this again."""
+        return self._bucket.map_objects(action, items)
 
     def read(self, name: str) -> bytes:
         """A whole file: its first 16 MiB, which tell its size, then the rest in pieces of 16 MiB, eight at once."""

@@ -12,15 +12,17 @@ from __future__ import annotations
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from tailcache.storage.durable import sha256
 from tailcache.storage.errors import CorruptError
 
 __all__ = ["Claim", "Location", "Place", "open_place"]
 
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 Location = str | Path
 """How a user names a place: a path, or a URL such as s3://bucket/folder."""
 
@@ -112,6 +114,10 @@ class Place(ABC):
     def survives_fork(self) -> bool:
         """A process that is forked after this place was used can go on using it; else workers must be spawned."""
         return True
+
+    def map(self, action: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
+        """Do something for several files: at once where the time goes into waiting for answers, else one by one."""
+        return [action(item) for item in items]
 
     def expect(self, name: str, sha256: str, size: int | None = None) -> None:  # noqa: B027  a place without copies needs none of it
         """Say what a file holds, from a record that can be trusted.

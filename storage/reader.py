@@ -228,8 +228,11 @@ class Teacher:
         tables = {name: self._tables.get((shard, name)) for name in names}
         if any(table is None for table in tables.values()):
             files = self.commit(shard)["files"]
-            for name in (name for name in names if tables[name] is None):
-                table = self._committed(shard, name, files.get(self._fields[name].object_path(shard)))
+            missing = [name for name in names if tables[name] is None]
+            found = self.place.map(
+                lambda name: self._committed(shard, name, files.get(self._fields[name].object_path(shard))), missing
+            )
+            for name, table in zip(missing, found, strict=True):
                 self._tables.put((shard, name), table)
                 tables[name] = table
         return {name: table for name, table in tables.items() if table is not None}
@@ -264,18 +267,13 @@ class Teacher:
         """Decode slots ``first`` to ``last`` (within the shard) of some fields."""
         tables = self._touch(shard, names)
         codec = self._codec
-        stored = {
-            name: read_object(
-                self.place,
-                self._fields[name].object_path(shard),
-                self._fields[name],
-                first,
-                last,
-                f"teacher {self.name!r}, shard {shard}, field {name}",
-                tables[name],
-            )
-            for name in names
-        }
+
+        def read(name: str) -> NDArray[Any]:
+            spec = self._fields[name]
+            where = f"teacher {self.name!r}, shard {shard}, field {name}"
+            return read_object(self.place, spec.object_path(shard), spec, first, last, where, tables[name])
+
+        stored = dict(zip(names, self.place.map(read, names), strict=True))
         targets: Targets = codec.decode(stored, f"teacher {self.name!r}, shard {shard}")
         return targets
 

@@ -114,8 +114,12 @@ def test_files_whose_hash_is_on_record_are_read_once(remote: Counted, cache: Dis
         place = CachedPlace(remote, DiskCache(cache.folder, cache.limit))
         assert place.read_checked("x", sha256(b"data")) == b"data"
     assert remote.asked == ["read x"]
-    with pytest.raises(CorruptError, match="x: missing or not what was written"):
-        place.read_checked("x", sha256(b"other"))
+    remote.write("large", bytes(25_001))
+    assert place.read_checked("large", sha256(bytes(25_001))) == bytes(25_001)
+    assert set(stored(cache)) == {sha256(b"data")}
+    for wrong in (sha256(b"other"), "x", "../../x", None):
+        with pytest.raises(CorruptError, match="x: missing or not what was written"):
+            place.read_checked("x", wrong)
     with pytest.raises(CorruptError, match="y: missing or not what was written"):
         place.read_checked("y", sha256(b"data!"))
 
