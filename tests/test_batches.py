@@ -16,15 +16,16 @@ from loss_cases import BOUNDARY
 from torch import nn
 from training_fixtures import LLAMA, logprobs_of, make_cache, one_thread, tiny_model
 
+from tailcache.storage.blocks import gather, read_block
 from tailcache.storage.errors import MismatchError, NotFoundError, StudentError
 from tailcache.storage.reader import Teacher
 from tailcache.trainers.batches import (
     CacheRows,
     Layout,
     RowTokens,
-    ShuffledRows,
     block_rows_of,
     collate,
+    collate_block,
     lay_out,
     teacher_terms,
 )
@@ -75,23 +76,32 @@ def test_far_apart_rows_of_a_block_are_read_in_runs(teacher: Teacher) -> None:
         assert (dataset[index].targets.logprobs == teacher.row(row).logprobs).all()
 
 
-def test_a_shuffled_epoch_decodes_every_block_once(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_in_order_decodes_every_block_once(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tailcache.trainers.batches.BLOCK_POSITIONS", 46)
     dataset = CacheRows(teacher, np.arange(24), kept_blocks=3)
     assert dataset.block_rows == block_rows_of(teacher.corpus) == 3
-    sampler = ShuffledRows(dataset, seed=1, window_blocks=2)
-    orders = []
-    for epoch in (0, 1, 0):
-        sampler.set_epoch(epoch)
-        orders.append(list(sampler))
-        dataset.num_decoded, dataset._blocks = 0, type(dataset._blocks)()
-        for index in orders[-1]:
-            dataset[index]
-        assert dataset.num_decoded == 8
-        assert sorted(orders[-1]) == list(range(24))
-    assert orders[0] == orders[2] != orders[1]
-    assert list(ShuffledRows(dataset, seed=2, window_blocks=2)) != orders[0]
-    assert len(dataset._blocks) <= 3
+    for index in range(24):
+        dataset[index]
+    assert dataset.num_decoded == 8
+    assert len(dataset._blocks) == 3
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_a_batch_of_a_block_is_that_of_its_rows(teacher: Teacher, layout: Layout, multiple: int) -> None:
+    chosen = np.array([2, 3, 5, 8, 20])
+    held = {0: read_block(teacher, chosen)}
+    block = gather(held, np.zeros(4, np.int64), np.array([3, 0, 4, 1]))
+    found = collate_block(block, layout=layout, pad_to_multiple_of=multiple)
+    rows = [_all_rows(teacher)[row] for row in (8, 2, 20, 3)]
+    expected = collate(rows, layout=layout, pad_to_multiple_of=multiple)
+    assert found.keys() == expected.keys()
+    assert found["teacher"].keys() == expected["teacher"].keys()
+    for one, other in ((found, expected), (found["teacher"], expected["teacher"])):
+        for name, values in one.items():
+            if name != "teacher":
+                assert values.dtype == other[name].dtype
+                assert torch.equal(values, other[name]), name
 
 
 def test_targets_that_do_not_fit_the_corpus_are_refused(teacher: Teacher) -> None:

@@ -270,6 +270,10 @@ def test_workers_that_persist_follow_epochs_and_states(teacher: Teacher) -> None
     assert rows_in([first]) == rows_in(islice(plain, 1))
     loader.load_state_dict({**loader.state_dict(), "epoch": 0, "rows_taken": 6})
     assert rows_in(loader) == rows_in(loader_of(teacher))[6:]
+    plain.set_epoch(1)
+    loader.close()
+    assert rows_in(loader) == rows_in(plain)
+    loader.close()
 
 
 @pytest.mark.slow
@@ -366,7 +370,7 @@ def test_real_processes_know_their_places_and_agree(teacher: Teacher, tmp_path: 
     script.write_text(PROCESSES)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, str(script), str(teacher.corpus.path.parent)], capture_output=True, text=True, timeout=240
+        [*command, str(script), str(teacher.corpus.cache_place)], capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = json.loads(done.stdout.splitlines()[-1])

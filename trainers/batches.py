@@ -1,4 +1,4 @@
-"""From cache rows to training batches: rows with their targets, a cheap shuffled order, padding.
+"""From cache rows to training batches: rows with their targets, laid out for a model, with padding.
 
 A batch is a dict of tensors. Tokens are laid out as lines [B, L]; everything about targets has one leading
 axis T, the target positions of the batch in row order, whatever the lines look like. `target_index` says
@@ -25,7 +25,7 @@ Legend: N tokens of the batch without padding, B lines, L longest line, T target
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,11 +33,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from tailcache.storage.alignment import next_tokens, segment_ids, target_positions
-from tailcache.storage.errors import MismatchError, NotFoundError
-from tailcache.storage.order import shuffled_rows
+from tailcache.storage.blocks import Block, read_block
+from tailcache.storage.codec import OPTIONAL
+from tailcache.storage.errors import NotFoundError
 from tailcache.trainers.terms import TeacherTerms
 
 if TYPE_CHECKING:
@@ -52,9 +53,9 @@ __all__ = [
     "Lines",
     "RowTargets",
     "RowTokens",
-    "ShuffledRows",
     "block_rows_of",
     "collate",
+    "collate_block",
     "lay_out",
     "teacher_terms",
 ]
@@ -63,8 +64,7 @@ Layout = Literal["rows", "flat", "documents"]
 Batch = dict[str, Any]
 
 BLOCK_POSITIONS = 16_384  # two inner chunks of the store
-WINDOW_BLOCKS = 8
-MAX_GAP_ROWS = 8  # rows read and dropped rather than starting another read
+KEPT_BLOCKS = 2
 
 TARGET_FIELDS = (
     "token_ids",
@@ -75,7 +75,7 @@ TARGET_FIELDS = (
     "log_target",
     "log_not_target",
 )
-OPTIONAL_FIELDS = ("log_z_tail", "hidden")
+_NONE = np.empty((0, 0))
 
 
 @dataclass(frozen=True)
@@ -124,19 +124,19 @@ class Lines:
 
 
 def block_rows_of(corpus: Corpus) -> int:
-    """Rows worth decoding together. It depends on the corpus alone, so that every teacher gives one order of rows."""
+    """Rows worth decoding together. It depends on the corpus alone."""
     return max(1, round(BLOCK_POSITIONS * corpus.num_rows / corpus.num_targets))
 
 
 class CacheRows(Dataset[RowTargets]):
-    """Some rows of a cache, decoded a block at a time and kept while a shuffle window needs them."""
+    """Some rows of a cache, decoded a block at a time; for evaluation, which takes them in order."""
 
     def __init__(
         self,
         teacher: Teacher,
         rows: NDArray[np.int64],
         *,
-        kept_blocks: int = WINDOW_BLOCKS + 1,
+        kept_blocks: int = KEPT_BLOCKS,
         optional: Sequence[str] = (),
     ) -> None:
         """Make a map-style dataset; item i is the i-th of `rows`.
@@ -145,7 +145,7 @@ class CacheRows(Dataset[RowTargets]):
           teacher: an open teacher of a cache.
           rows: [R] corpus row indices, ascending.
           kept_blocks: decoded blocks held, least recently used dropped first; about 10 MB each at K = 64
-            and 16 samples. One more than a shuffle window has, so that each block is decoded once per epoch.
+            and 16 samples.
           optional: the optional fields of the cache that are wanted (``log_z_tail``, ``hidden``); the others are not
             read.
         """
@@ -172,70 +172,22 @@ class CacheRows(Dataset[RowTargets]):
             self._blocks.popitem(last=False)
         return block[place]
 
-    def _decode(self, block: NDArray[np.int64]) -> list[RowTargets]:
-        """Rows in ascending order; what lies between two of them is read along unless it is much."""
+    def _decode(self, chosen: NDArray[np.int64]) -> list[RowTargets]:
         self.num_decoded += 1
+        block = read_block(self.teacher, chosen, optional=self.optional)
         decoded = []
-        for run in np.split(block, np.flatnonzero(np.diff(block) > MAX_GAP_ROWS) + 1):
-            first, last = int(run[0]), int(run[-1]) + 1
-            rows = self.teacher.corpus.rows(first, last)
-            targets = self.teacher.rows(first, last, optional=self.optional)
-            before = np.concatenate([[0], np.cumsum(rows.supervised)])[rows.offsets]
-            if len(targets) != before[-1]:
-                raise MismatchError(
-                    f"teacher {self.teacher.name!r}, rows {first} to {last - 1}: expected {before[-1]} targets, one "
-                    f"per supervised position of the corpus, found {len(targets)}; run `tailcache verify`"
+        for i in block.chosen.tolist():
+            row = block.rows.slice(i, i + 1)
+            decoded.append(
+                RowTargets(
+                    tokens=row.tokens,
+                    document_start=row.document_start,
+                    supervised=row.supervised,
+                    targets=block.targets[int(block.target_offsets[i]) : int(block.target_offsets[i + 1])],
+                    row=int(row.row_indices[0]),
                 )
-            for i in (run - first).tolist():
-                row = rows.slice(i, i + 1)
-                decoded.append(
-                    RowTargets(
-                        tokens=row.tokens,
-                        document_start=row.document_start,
-                        supervised=row.supervised,
-                        targets=targets[int(before[i]) : int(before[i + 1])],
-                        row=first + i,
-                    )
-                )
+            )
         return decoded
-
-
-class ShuffledRows(Sampler[int]):
-    """The order of one epoch, ``storage.order.shuffled_rows``: a seed and the epoch's number decide it.
-
-    Losses, batch sizes, teachers and restarts do not change it, so students trained with one seed see the
-    same rows in the same order.
-    """
-
-    def __init__(self, dataset: CacheRows, *, seed: int, window_blocks: int = WINDOW_BLOCKS) -> None:
-        """Order the rows of a dataset.
-
-        Args:
-          dataset: what to order; its blocks are the order's blocks.
-          seed: of the run.
-          window_blocks: blocks mixed with one another.
-        """
-        self.dataset = dataset
-        self.seed = seed
-        self.window_blocks = window_blocks
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next iteration is."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __iter__(self) -> Iterator[int]:
-        order = shuffled_rows(
-            np.arange(len(self.dataset), dtype=np.int64),
-            seed=self.seed,
-            epoch=self.epoch,
-            block_rows=self.dataset.block_rows,
-            window_blocks=self.window_blocks,
-        )
-        return iter(order.tolist())
 
 
 def lay_out(rows: Sequence[RowTokens], layout: Layout, *, pad_to_multiple_of: int = 1) -> Lines:
@@ -246,9 +198,23 @@ def lay_out(rows: Sequence[RowTokens], layout: Layout, *, pad_to_multiple_of: in
       layout: see the module.
       pad_to_multiple_of: lengthen the lines to a multiple of this.
     """
-    row_offsets = np.concatenate([[0], np.cumsum([len(row.tokens) for row in rows])]).astype(np.int64)
     tokens_N = np.concatenate([row.tokens for row in rows])
-    segments_N = segment_ids(np.concatenate([row.document_start for row in rows]), row_offsets)
+    starts_N = np.concatenate([row.document_start for row in rows])
+    return _lay_out(tokens_N, starts_N, _row_offsets(rows), layout, pad_to_multiple_of)
+
+
+def _row_offsets(rows: Sequence[RowTokens]) -> NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum([len(row.tokens) for row in rows])]).astype(np.int64)
+
+
+def _lay_out(
+    tokens_N: NDArray[np.int64],
+    document_start_N: NDArray[np.bool_],
+    row_offsets: NDArray[np.int64],
+    layout: Layout,
+    pad_to_multiple_of: int,
+) -> Lines:
+    segments_N = segment_ids(document_start_N, row_offsets)
     segment_starts = np.flatnonzero(np.diff(segments_N, prepend=-1)).astype(np.int64)
     line_starts = {"rows": row_offsets[:-1], "flat": row_offsets[:1], "documents": segment_starts}[layout]
 
@@ -282,24 +248,70 @@ def collate(rows: Sequence[RowTargets], *, layout: Layout = "rows", pad_to_multi
       teacher: a dict of the targets' fields, leading axis T (see ``teacher_terms``), the optional ones only where
       they were read.
     """
-    lines = lay_out(rows, layout, pad_to_multiple_of=pad_to_multiple_of)
-    tokens_N = np.concatenate([row.tokens for row in rows])
-    positions_T = target_positions(np.concatenate([row.supervised for row in rows]))
-    read = [
-        name for name in OPTIONAL_FIELDS if all(getattr(row.targets, name, np.zeros((1, 0))).shape[1] for row in rows)
-    ]
-    scales = ["hidden_scale"] if "hidden" in read else []
+    optional = [name for name in OPTIONAL if all(getattr(row.targets, name, _NONE).shape[1] for row in rows)]
+    read = [*TARGET_FIELDS, *optional, *(["hidden_scale"] if "hidden" in optional else [])]
+    return _batch(
+        _Flat(
+            tokens=np.concatenate([row.tokens for row in rows]),
+            document_start=np.concatenate([row.document_start for row in rows]),
+            supervised=np.concatenate([row.supervised for row in rows]),
+            offsets=_row_offsets(rows),
+            row_of_target=np.repeat([row.row for row in rows], [len(row.targets) for row in rows]),
+            targets={name: np.concatenate([getattr(row.targets, name) for row in rows]) for name in read},
+        ),
+        layout,
+        pad_to_multiple_of,
+    )
+
+
+def collate_block(block: Block, *, layout: Layout = "rows", pad_to_multiple_of: int = 1) -> Batch:
+    """The same batch of rows that lie in arrays already; nothing is done row by row.
+
+    Args:
+      block: at least one row with its targets.
+      layout: see the module.
+      pad_to_multiple_of: lengthen the lines to a multiple of this.
+    """
+    rows, targets = block.rows, block.targets
+    optional = [name for name in OPTIONAL if getattr(targets, name).shape[1]]
+    read = [*TARGET_FIELDS, *optional, *(["hidden_scale"] if "hidden" in optional else [])]
+    return _batch(
+        _Flat(
+            tokens=rows.tokens,
+            document_start=rows.document_start,
+            supervised=rows.supervised,
+            offsets=rows.offsets,
+            row_of_target=np.repeat(rows.row_indices, np.diff(block.target_offsets)),
+            targets={name: getattr(targets, name) for name in read},
+        ),
+        layout,
+        pad_to_multiple_of,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Flat:
+    """Rows one after another: N tokens, T target positions."""
+
+    tokens: NDArray[np.int64]
+    document_start: NDArray[np.bool_]
+    supervised: NDArray[np.bool_]
+    offsets: NDArray[np.int64]
+    row_of_target: NDArray[np.int64]
+    targets: dict[str, NDArray[Any]]
+
+
+def _batch(flat: _Flat, layout: Layout, pad_to_multiple_of: int) -> Batch:
+    lines = _lay_out(flat.tokens, flat.document_start, flat.offsets, layout, pad_to_multiple_of)
+    positions_T = target_positions(flat.supervised)
     return {
         "input_ids": torch.from_numpy(lines.input_ids),
         "position_ids": torch.from_numpy(lines.position_ids),
         "target_index": torch.from_numpy(lines.slots[positions_T]),
-        "labels": torch.from_numpy(next_tokens(tokens_N, positions_T)),
+        "labels": torch.from_numpy(next_tokens(flat.tokens, positions_T)),
         "segments": torch.from_numpy(lines.segments[positions_T]),
-        "rows": torch.from_numpy(np.repeat([row.row for row in rows], [len(row.targets) for row in rows])),
-        "teacher": {
-            name: torch.from_numpy(np.concatenate([getattr(row.targets, name) for row in rows]))
-            for name in [*TARGET_FIELDS, *read, *scales]
-        },
+        "rows": torch.from_numpy(flat.row_of_target),
+        "teacher": {name: torch.from_numpy(values) for name, values in flat.targets.items()},
     }
 
 

@@ -84,8 +84,8 @@ class _Places:
 
     out: Path
     """Folder of the trained student: a plain transformers checkpoint with the corpus' tokenizer, plus
-    tailcache.json (what it was trained from and how), metrics.jsonl (the held-out curve) and
-    training.jsonl."""
+    tailcache.json (what it was trained from and how), metrics.jsonl (the held-out curve), training.jsonl and
+    timing.jsonl."""
 
     teacher: str | None = None
     """Which teacher of the cache; may be left out if there is only one."""
@@ -171,6 +171,10 @@ class TrainConfig(LossParameters, _Places):
     threads: int | None = None
     """CPU threads for torch; default: torch's own choice."""
 
+    workers: int = 0
+    """Processes that read the cache; 0: threads of the training process do, which is enough unless its own work leaves
+    them no processor."""
+
     eval_every: int = 100
     """Optimizer steps between held-out evaluations (one before the first step and one after the last are
     always made); 0: only those two."""
@@ -218,6 +222,7 @@ class TrainConfig(LossParameters, _Places):
             "max_grad_norm",
             "eval_every",
             "seed",
+            "workers",
         )
         for name in not_negative:
             if not getattr(self, name) >= 0:

@@ -39,10 +39,11 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from tailcache.storage.errors import ConfigError
-from tailcache.trainers.batches import CacheRows, Layout, ShuffledRows, collate, teacher_terms
+from tailcache.trainers.batches import CacheRows, Layout, block_rows_of, collate, collate_block, teacher_terms
 from tailcache.trainers.forward import HeadSeat, check_documents_kept_apart, default_layout, target_logits
 from tailcache.trainers.fused_loss import Mode
 from tailcache.trainers.linear_head import LinearHead
+from tailcache.trainers.loader import CacheLoader
 from tailcache.trainers.metrics import HeldOutSums, kl_kind, metrics_of_hidden, metrics_of_logits
 from tailcache.trainers.objective import Objective
 from tailcache.trainers.progress import Reporter, quiet_progress
@@ -84,6 +85,8 @@ class DistillTrainer(Trainer):
         train_rows: NDArray[np.int64] | None = None,
         held_out_rows: NDArray[np.int64] | None = None,
         record: dict[str, Any] | None = None,
+        workers: int = 0,
+        data_state: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         """Set up training; nothing is trained yet.
@@ -98,6 +101,9 @@ class DistillTrainer(Trainer):
           train_rows: corpus rows to train on, ascending; by default all that are not held out.
           held_out_rows: corpus rows to evaluate on; by default all that are held out.
           record: what to write to tailcache.json beside the weights, apart from steps and positions.
+          workers: processes that read the cache; without any, threads of this one do.
+          data_state: where in the data to go on, for a run that is resumed: ``CacheLoader.state_dict``, or only the
+            ``step``, for a run that was begun before checkpoints said it.
           **kwargs: further arguments of ``Trainer``.
 
         Raises:
@@ -120,17 +126,15 @@ class DistillTrainer(Trainer):
         held_out = corpus.held_out_rows() if held_out_rows is None else np.sort(held_out_rows)
         if len(rows) == 0:
             raise ConfigError(f"cache: {corpus.cache_place} has no row to train on; all {len(held_out)} are held out")
-        train_dataset = CacheRows(teacher, rows, optional=objective.optional)
-        self.sampler = ShuffledRows(train_dataset, seed=args.seed)
-        self.held_out = CacheRows(teacher, held_out, kept_blocks=2)
+        self.train_rows, self._workers, self._data_state = rows, workers, data_state
+        self.held_out = CacheRows(teacher, held_out)
         if len(held_out) == 0:
             args.eval_strategy = IntervalStrategy.NO
         use_cache = getattr(model.config, "use_cache", True)
         super().__init__(
             model=model,
             args=args,
-            data_collator=kwargs.pop("data_collator", partial(collate, layout=self.layout)),
-            train_dataset=train_dataset,
+            data_collator=partial(collate, layout=self.layout),
             eval_dataset=self.held_out,
             **kwargs,
         )
@@ -140,6 +144,8 @@ class DistillTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.reporter = Reporter(self)
         self.add_callback(self.reporter)
+        self.loader: CacheLoader | None = None
+        self._batches: Any = None
         self._parts = torch.zeros(len(objective.names), device=args.device)
         self._step_positions = 0
         self._student, self.head_mode = model, head_mode
@@ -164,23 +170,63 @@ class DistillTrainer(Trainer):
     # ---- data ----
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Rows in the order of ``storage.order``; the epoch is set by the reporter, also after a resume."""
-        loader: DataLoader[Any] = DataLoader(
-            self.train_dataset,  # type: ignore[arg-type]
-            batch_size=self._train_batch_size,
-            sampler=self.sampler,
-            collate_fn=self.data_collator,
-            drop_last=self.args.dataloader_drop_last,
+        """The rows of this process, with every row of an epoch once over all of them."""
+        state, self._data_state = self._data_state, None
+        old = state is not None and "rows_taken" not in state
+        order: dict[str, Any] = {"order_version": 1, "block_rows": block_rows_of(self.teacher.corpus)} if old else {}
+        self.loader = loader = CacheLoader(
+            self.teacher,
+            batch_rows=self._train_batch_size,
+            seed=self.args.seed,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+            rows=self.train_rows,
+            optional=self.objective.optional,
+            collate=partial(collate_block, layout=self.layout),
+            ends="drop" if self.args.dataloader_drop_last else "even",
+            num_workers=self._workers,
+            persistent_workers=self._workers > 0,
             pin_memory=self.args.dataloader_pin_memory,
+            **order,
         )
-        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
-        return prepared
+        if state is not None and old:
+            per_forward = self._train_batch_size * self.args.world_size
+            per_step = per_forward * self.args.gradient_accumulation_steps
+            epoch, step = divmod(state["step"], -(-len(loader) // self.args.gradient_accumulation_steps))
+            state = {**loader.state_dict(), "epoch": epoch, "rows_taken": step * per_step}
+        if state is not None:
+            loader.load_state_dict(state)
+        return loader
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Called before every epoch, or the rest of one: the loader goes to its place."""
+        self.end_epoch()
+        assert self.loader is not None
+        self.loader.set_epoch(epoch)
+        self._batches = iter(self.loader)
+
+    def end_epoch(self) -> None:
+        """Read nothing more ahead."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+    def end_training(self) -> None:
+        """Read nothing more at all."""
+        self.end_epoch()
+        if self.loader is not None:
+            self.loader.close()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
-        """The micro-batches of one optimizer step, and how many target positions they have over all devices."""
-        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        """The micro-batches of one optimizer step, and how many target positions they have over all devices.
+
+        While training they come from ``begin_epoch``'s iterator: ``Trainer``'s own would begin again and skip what was
+        seen, batch by batch; it is never advanced, and so costs nothing.
+        """
+        batches = epoch_iterator if self._batches is None else self._batches
+        samples, _ = super().get_batch_samples(batches, num_batches, device)
         count = torch.tensor(sum(len(batch["labels"]) for batch in samples), device=device)
         if self.args.world_size > 1:
             count = self.accelerator.gather(count[None]).sum()
@@ -248,7 +294,7 @@ class DistillTrainer(Trainer):
         return target_logits(model, inputs, model=self._student)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the parts of the loss, TAD's beta and K' of the last step, and ``positions_seen`` to what is logged."""
+        """Add to what is logged: parts of the loss, TAD's beta and K' of the last step, positions and waiting."""
         if "loss" in logs:
             parts = self._parts
             if self.args.world_size > 1:
@@ -258,6 +304,7 @@ class DistillTrainer(Trainer):
             logs.update(self.objective.scheduled)
             self._parts.zero_()
             logs["positions_seen"] = self.positions_seen
+            logs["data_wait"] = self.reporter.data_wait()
         super().log(logs, start_time)
 
     # ---- evaluation ----
@@ -282,7 +329,8 @@ class DistillTrainer(Trainer):
         dataset = self.held_out if eval_dataset is None else eval_dataset
         if not isinstance(dataset, CacheRows):
             raise ConfigError(f"evaluate: expected rows of a cache (CacheRows), found {type(dataset).__name__}")
-        means = self.held_out_metrics(dataset)
+        with self.reporter.not_training():
+            means = self.held_out_metrics(dataset)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         metrics[f"{metric_key_prefix}_positions_seen"] = self.positions_seen
         self.log(metrics)
@@ -359,6 +407,7 @@ class DistillTrainer(Trainer):
                 "teacher_hash": self.teacher.hash,
                 "step": self.state.global_step,
                 "positions_seen": self.positions_seen,
+                "data": None if self.loader is None else self.loader.state_dict(),
             },
         )
 

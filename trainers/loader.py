@@ -23,25 +23,20 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 
-from tailcache.storage.blocks import Block, read_block, walk
+from tailcache.storage.blocks import Block, walk
 from tailcache.storage.codec import OPTIONAL
 from tailcache.storage.errors import ConfigError, MismatchError
-from tailcache.storage.order import EpochOrder
-from tailcache.storage.reader import open_cache
-from tailcache.storage.shares import Ends, Stage, num_steps, shares
+from tailcache.storage.shares import Ends, Stage
 from tailcache.trainers.ahead import ahead
-from tailcache.trainers.parcels import Parcel, pack, shared, unpack
+from tailcache.trainers.block_sources import NeededBlocks, Share, Threads, Workers
 
 if TYPE_CHECKING:
     from tailcache.storage.reader import Teacher
@@ -52,7 +47,6 @@ BLOCK_POSITIONS = 32_768
 """Four inner chunks of the store: a block's ends cut chunks that are decoded again with its neighbours."""
 WINDOW_BLOCKS = 8
 _STATE_VERSION = 1
-_READ_THREADS = 2
 _BATCHES_AHEAD = 2
 
 
@@ -128,7 +122,8 @@ class CacheLoader(DataLoader[Any]):
           num_workers: processes that read; without any, threads of this one do.
           prefetch_factor: blocks that each worker is ahead.
           persistent_workers: keep the workers for the next epoch.
-          multiprocessing_context: how workers begin; by default as is usual for the platform.
+          multiprocessing_context: how workers begin; by default as is usual for the platform, but "spawn" where the
+            cache is not on a local disk, because what talks to a store does not survive a fork.
           pin_memory: put batches into page-locked memory, where there is a GPU.
 
         Raises:
@@ -151,7 +146,7 @@ class CacheLoader(DataLoader[Any]):
             )
         self.teacher, self.collate = teacher, collate
         self.num_rows, self.epoch, self.waited_s = len(chosen), 0, 0.0
-        self._share = _Share(
+        self._share = Share(
             num_rows=len(chosen),
             block_rows=block_rows or loader_block_rows(teacher),
             window_blocks=window_blocks,
@@ -162,10 +157,12 @@ class CacheLoader(DataLoader[Any]):
             world_size=world_size,
             ends=ends,
         )
+        if num_workers and multiprocessing_context is None and teacher.place.local is None:
+            multiprocessing_context = "spawn"
         self._rows_hash = hashlib.sha256(chosen.astype("<i8").tobytes()).hexdigest()
         self._start = self._taken = 0  # rows of the order, by all processes together
         self._pin = pin_memory and torch.cuda.is_available()
-        self._blocks = _Blocks(teacher, chosen, tuple(optional), self._share)
+        self._blocks = NeededBlocks(teacher, chosen, tuple(optional), self._share)
         super().__init__(
             self._blocks,
             batch_size=None,
@@ -181,6 +178,10 @@ class CacheLoader(DataLoader[Any]):
     def __len__(self) -> int:
         """Steps of this process in a whole epoch."""
         return self._share.num_steps(0)
+
+    def close(self) -> None:
+        """End workers that persist; they begin again with the next iteration. Otherwise they end with the loader."""
+        self._iterator = None
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next iteration is; one that was loaded with a state goes on where it was."""
@@ -238,6 +239,8 @@ class CacheLoader(DataLoader[Any]):
     def __iter__(self) -> Any:
         """The rest of an epoch: all of it, but for what came before a state that was loaded.
 
+        It begins with the first batch that is asked for.
+
         Yields:
           What ``collate`` makes of the rows of each step.
         """
@@ -245,11 +248,8 @@ class CacheLoader(DataLoader[Any]):
         self._taken = start
         self._blocks.begin(self.epoch, start)
         # Workers are started here, before there is any thread that a fork could catch at the wrong moment.
-        source = _Workers(super().__iter__()) if self.num_workers else None
-        return self._batches(self._share.stages(self.epoch, start), source)
-
-    def _batches(self, stages: Iterator[Stage], source: _Workers | None) -> Iterator[Any]:
-        steps = ahead(self._assembled(stages, source), _BATCHES_AHEAD)
+        source = Workers(super().__iter__()) if self.num_workers else None
+        steps = ahead(self._assembled(self._share.stages(self.epoch, start), source), _BATCHES_AHEAD)
         try:
             while True:
                 began = time.perf_counter()
@@ -263,169 +263,14 @@ class CacheLoader(DataLoader[Any]):
             steps.close()
         self.epoch, self._taken = self.epoch + 1, 0
 
-    def _assembled(self, stages: Iterator[Stage], source: _Workers | None) -> Generator[tuple[Any, int]]:
-        reading = source or _Threads(self._blocks.read)
+    def _assembled(self, stages: Iterator[Stage], source: Workers | None) -> Generator[tuple[Any, int]]:
+        reading = source or Threads(self._blocks.read)
         try:
             for block, taken in walk(stages, reading.announce, reading.get, reading.keep_up):
                 batch = self.collate(block)
                 yield (_pinned(batch) if self._pin else batch), taken
         finally:
             reading.close()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Share:
-    """What one process takes of an order."""
-
-    num_rows: int
-    block_rows: int
-    window_blocks: int
-    seed: int
-    version: int
-    batch_rows: int
-    rank: int
-    world_size: int
-    ends: Ends
-
-    def order(self, epoch: int) -> EpochOrder:
-        return EpochOrder(
-            num_rows=self.num_rows,
-            block_rows=self.block_rows,
-            window_blocks=self.window_blocks,
-            seed=self.seed,
-            epoch=epoch,
-            version=self.version,
-        )
-
-    def stages(self, epoch: int, start: int) -> Iterator[Stage]:
-        return shares(
-            self.order(epoch),
-            batch_rows=self.batch_rows,
-            rank=self.rank,
-            world_size=self.world_size,
-            ends=self.ends,
-            start=start,
-        )
-
-    def is_over(self, taken: int) -> bool:
-        """Whether no process has a step left."""
-        left = self.num_rows - taken
-        return left == 0 or (self.ends == "drop" and left < self.batch_rows * self.world_size)
-
-    def num_steps(self, start: int) -> int:
-        return num_steps(
-            self.order(0),
-            batch_rows=self.batch_rows,
-            rank=self.rank,
-            world_size=self.world_size,
-            ends=self.ends,
-            start=start,
-        )
-
-
-class _Blocks(IterableDataset[Parcel]):
-    """The blocks that a process needs, in the order it asks for them: every n-th of them in each of n workers."""
-
-    def __init__(self, teacher: Teacher, rows: NDArray[np.int64], optional: tuple[str, ...], share: _Share) -> None:
-        self._teacher: Teacher | None = teacher
-        self._location, self._name, self._hash = str(teacher.corpus.path.parent), teacher.name, teacher.hash
-        self._rows, self._optional, self._share = rows, optional, share
-        self._begin = shared(torch.zeros(2, dtype=torch.int64))  # workers that persist are told through it
-        self._order = share.order(0)
-
-    def __len__(self) -> int:
-        """Rows of an epoch, over all processes."""
-        return len(self._rows)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_teacher": None}
-
-    def begin(self, epoch: int, start: int) -> None:
-        """Say where the next iteration begins."""
-        self._begin.copy_(torch.tensor([epoch, start]))
-        self._order = self._share.order(epoch)
-
-    def read(self, visit: int) -> Block:
-        assert self._teacher is not None
-        return read_block(self._teacher, self._rows[self._order.block(visit)], optional=self._optional)
-
-    def __iter__(self) -> Iterator[Parcel]:
-        worker = get_worker_info()
-        number, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        if worker is not None or self._teacher is None:
-            self._teacher = self._opened()  # nothing of another process' files, threads and connections is used
-        epoch, start = self._begin.tolist()
-        self._order = self._share.order(epoch)
-        held: set[int] = set()
-        count = 0
-        for stage in self._share.stages(epoch, start):
-            needs = stage.needs.tolist()
-            for visit in needs:
-                if visit not in held:
-                    if count % step == number:
-                        yield pack(self.read(visit))
-                    count += 1
-            held = set(needs)
-
-    def _opened(self) -> Teacher:
-        teacher = open_cache(self._location).teacher(self._name)
-        if teacher.hash != self._hash:
-            raise MismatchError(
-                f"{self._location}, teacher {self._name!r}: changed since the loader was made; make a new loader"
-            )
-        return teacher
-
-
-class _Threads:
-    """Blocks read by threads of this process."""
-
-    def __init__(self, read: Callable[[int], Block]) -> None:
-        self._read = read
-        self._pool = ThreadPoolExecutor(_READ_THREADS, "tailcache-reader")
-        self._pending: dict[int, Future[Block]] = {}
-
-    def announce(self, visits: list[int]) -> None:
-        self._pending.update((visit, self._pool.submit(self._read, visit)) for visit in visits)
-
-    def get(self, visit: int) -> Block:
-        return self._pending.pop(visit).result()
-
-    def keep_up(self, part: float) -> None:
-        """They go on by themselves."""
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-class _Workers:
-    """Blocks that come from worker processes, in the order they were announced in."""
-
-    def __init__(self, parcels: Iterator[Parcel]) -> None:
-        self._parcels: Iterator[Parcel] | None = parcels
-        self._due: deque[int] = deque()
-        self._here: dict[int, Block] = {}
-        self._announced = 0
-
-    def announce(self, visits: list[int]) -> None:
-        self._due.extend(visits)
-        self._announced = len(visits)
-
-    def get(self, visit: int) -> Block:
-        while visit not in self._here:
-            self._take()
-        return self._here.pop(visit)
-
-    def keep_up(self, part: float) -> None:
-        """Workers stop when they are a few blocks ahead: take what they have, evenly, and not all at a window's end."""
-        while len(self._due) > max(0.0, (1 - part) * self._announced):
-            self._take()
-
-    def _take(self) -> None:
-        assert self._parcels is not None
-        self._here[self._due.popleft()] = unpack(next(self._parcels))
-
-    def close(self) -> None:
-        self._parcels = None
 
 
 def _as_it_is(item: Any) -> Any:

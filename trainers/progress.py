@@ -1,11 +1,12 @@
 """What a run shows and writes while it goes: one bar, one line per evaluation, two files of curves.
 
-It also keeps the trainer's book: which epoch the sampler is in, how many positions have been seen, and the
-record that completes a checkpoint.
+It also keeps the trainer's book: which epoch the loader is in, how many positions have been seen, how long training has
+waited for data, and the record that completes a checkpoint.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,9 +56,12 @@ class Reporter(TrainerCallback):
         self.trainer = trainer
         self.evaluations = JsonLines(out / "metrics.jsonl")
         self.training = JsonLines(out / "training.jsonl")
+        self.timing = JsonLines(out / "timing.jsonl")
         self.last_logged_step = 0
         self.last_evaluated_step: int | None = None
         self._bar: Any = None
+        self._began = self._waited_before = 0.0
+        self.training_s = self.waited_s = 0.0
 
     def continue_from(self, step: int, *, fresh: bool) -> None:
         """Forget what a killed run wrote after this step; all of it, for a fresh start."""
@@ -65,14 +69,39 @@ class Reporter(TrainerCallback):
         if self.trainer.is_world_process_zero():
             self.evaluations.keep_until(-1 if fresh else step)
             self.training.keep_until(-1 if fresh else step)
+            self.timing.keep_until(-1 if fresh else step)
         evaluated = [record["step"] for record in self.evaluations.read()]
         self.last_evaluated_step = max(evaluated, default=None)
+
+    def data_wait(self) -> float:
+        """The share of the time since the last call (or the first step) that training has waited for data."""
+        loader, now = self.trainer.loader, time.perf_counter()
+        waited_s = 0.0 if loader is None else loader.waited_s
+        seconds, waiting = now - self._began, waited_s - self._waited_before
+        self.training_s, self.waited_s = self.training_s + seconds, self.waited_s + waiting
+        self._began, self._waited_before = now, waited_s
+        return waiting / seconds
+
+    @property
+    def waited_share(self) -> float:
+        """The share of all the time of training up to the last line of the log that it has waited for data."""
+        return self.waited_s / self.training_s if self.training_s else 0.0
+
+    @contextmanager
+    def not_training(self) -> Iterator[None]:
+        """Leave the time spent here out of ``data_wait``."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._began += time.perf_counter() - began
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the bar."""
         self.last_logged_step = state.global_step
+        self._began = time.perf_counter()
         if state.is_world_process_zero:
             self._bar = tqdm(
                 total=state.max_steps,
@@ -86,8 +115,8 @@ class Reporter(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Tell the sampler the epoch: accelerate does not reach it through every wrapper, above all on resume."""
-        self.trainer.sampler.set_epoch(int(state.epoch or 0))
+        """Begin to read."""
+        self.trainer.begin_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Count the step."""
@@ -110,7 +139,10 @@ class Reporter(TrainerCallback):
         if state.is_world_process_zero:
             if self._bar is not None:
                 self._bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
-            self.training.append({"step": state.global_step, **logs})
+            # Apart, so that the curve of a run that was killed and resumed equals one that was not, to the byte.
+            values = {name: value for name, value in logs.items() if name != "data_wait"}
+            self.training.append({"step": state.global_step, **values})
+            self.timing.append({"step": state.global_step, "data_wait": logs.get("data_wait", 0.0)})
 
     def on_evaluate(
         self,
@@ -138,7 +170,8 @@ class Reporter(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Close the bar."""
+        """Close the bar, and stop reading."""
+        self.trainer.end_training()
         if self._bar is not None:
             self._bar.close()
             self._bar = None

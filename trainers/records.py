@@ -1,10 +1,11 @@
-"""What a training run leaves beside the weights: tailcache.json, metrics.jsonl, training.jsonl.
+"""What a training run leaves beside the weights: tailcache.json, metrics.jsonl, training.jsonl, timing.jsonl.
 
     OUT/
       config.json, model.safetensors, tokenizer.json, ...   the student, as transformers reads it
       tailcache.json        what it was trained from (hashes) and how (the resolved settings)
       metrics.jsonl         one line per held-out evaluation
       training.jsonl        one line per `log_every` steps: loss and its parts
+      timing.jsonl          with each of them: the share of the time that training waited for data
       checkpoint-STEP/      to resume from; complete if and only if it has a tailcache.json, written last
 
 A run that is killed and resumed takes off the lines of steps it will do again, so the curves have one value
@@ -42,6 +43,7 @@ _FREE = {
     "out",
     "device",
     "threads",
+    "workers",
     "head_mode",
     "eval_every",
     "eval_rows",
@@ -121,7 +123,15 @@ def check_resumable(checkpoint: Path, expected: dict[str, Any]) -> dict[str, Any
         if found.get(name) != expected[name]
     ]
     was, now = found.get("config", {}), expected["config"]
-    for name in sorted((was.keys() | now.keys()) - _FREE - {"teacher"}):
+    free = _FREE | {"teacher"}
+    if "rows_per_step" in found:  # how a step is shared among processes and forwards makes no difference
+        free = free | {"batch_rows", "gradient_accumulation"}
+        if found["rows_per_step"] != expected["rows_per_step"]:
+            differences.append(
+                f"rows per step (batch_rows x gradient_accumulation x processes): the checkpoint has "
+                f"{found['rows_per_step']}, this run {expected['rows_per_step']}"
+            )
+    for name in sorted((was.keys() | now.keys()) - free):
         if was.get(name) != now.get(name):
             differences.append(f"{name}: the checkpoint has {was.get(name)}, this run {now.get(name)}")
     if differences:

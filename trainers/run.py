@@ -79,6 +79,7 @@ def train(config: TrainConfig) -> DistillTrainer | None:
         "corpus_hash": teacher.corpus.hash,
         "teacher": teacher.name,
         "teacher_hash": teacher.hash,
+        "rows_per_step": config.batch_rows * config.gradient_accumulation * args.world_size,
         "versions": {name: importlib.metadata.version(name) for name in ("tailcache", "torch", "transformers")},
     }
     checkpoint = None
@@ -106,6 +107,8 @@ def train(config: TrainConfig) -> DistillTrainer | None:
         head_mode=config.head_mode,
         held_out_rows=held_out[: config.eval_rows],
         record=record,
+        workers=config.workers,
+        data_state=None if restored is None else restored.get("data") or {"step": int(restored["step"])},
     )
     trainer.reporter.continue_from(0 if restored is None else int(restored["step"]), fresh=restored is None)
     if restored is not None:
@@ -122,7 +125,7 @@ def train(config: TrainConfig) -> DistillTrainer | None:
         trainer.evaluate()
     trainer.save_model(str(config.out))
     if trainer.is_world_process_zero():
-        print(f"saved to {config.out}")
+        print(f"saved to {config.out}; training waited for data for {trainer.reporter.waited_share:.1%} of its time")
     return trainer
 
 
@@ -198,7 +201,7 @@ def _introduction(config: TrainConfig, trainer: DistillTrainer, student: Student
     lines = [
         f"student: {type(student.model).__name__}, {parameters:,} parameters, {config.precision}",
         f"loss: {_loss_line(trainer)}",
-        f"data: {len(trainer.sampler):,} rows for training and {len(trainer.held_out):,} held out, of "
+        f"data: {len(trainer.train_rows):,} rows for training and {len(trainer.held_out):,} held out, of "
         f"{corpus.num_targets:,} target positions in all",
         *(f"note: {note}" for note in student.notes),
     ]
