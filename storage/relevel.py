@@ -21,7 +21,7 @@ _NEAR = 1e-5
 """Nats, and as a share of the log-prob: float32 arithmetic in the decoder."""
 _BLOCK_POSITIONS = 4096
 _COLUMNS = 6
-"""Tokens that the candidates are tried on."""
+"""Tokens that the candidates are tried on first; where that does not decide it, all are."""
 
 
 def on_levels(logprobs_TK: NDArray[np.float32], levels_L: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -36,21 +36,30 @@ def on_levels(logprobs_TK: NDArray[np.float32], levels_L: NDArray[np.float32]) -
 
     Cost: about 1 µs a position and token.
     """
+    result = logprobs_TK.copy()
+    some = np.unique(np.linspace(0, logprobs_TK.shape[1] - 1, _COLUMNS).astype(np.int64))
+    for first in range(0, len(logprobs_TK), _BLOCK_POSITIONS):
+        part_TK = result[first : first + _BLOCK_POSITIONS]
+        good_T = _settle(part_TK, np.arange(len(part_TK)), some, levels_L)
+        _settle(part_TK, np.flatnonzero(~good_T), np.arange(part_TK.shape[1]), levels_L)
+    return result
+
+
+def _settle(
+    part_TK: NDArray[np.float32], chosen: NDArray[np.int64], columns: NDArray[np.int64], levels_L: NDArray[np.float32]
+) -> NDArray[np.bool_]:
+    """Put the levels of some positions in their place, where they are found; say which those are."""
     midpoints_L = levels_L[1:].astype(np.float64) / 2 + levels_L[:-1].astype(np.float64) / 2
     levels64_L = levels_L.astype(np.float64)
-    result = logprobs_TK.copy()
-    for first in range(0, len(logprobs_TK), _BLOCK_POSITIONS):
-        part = slice(first, first + _BLOCK_POSITIONS)
-        wanted_TK = -logprobs_TK[part].astype(np.float64)
-        nearest_T = np.searchsorted(midpoints_L, wanted_TK[:, 0])
-        start_TC = levels64_L[np.clip(nearest_T[:, None] + _CANDIDATES, 0, len(levels_L) - 1)]
-        shift_TC = start_TC - wanted_TK[:, :1]
-        tried_TCk = wanted_TK[:, None, :_COLUMNS] + shift_TC[:, :, None]
-        off_TCk = np.abs(levels64_L[np.searchsorted(midpoints_L, tried_TCk)] - tried_TCk)
-        off_TCk[(tried_TCk < 0) & (off_TCk > _NEAR)] = np.inf
-        shift_T1 = np.take_along_axis(shift_TC, off_TCk.sum(axis=2).argmin(axis=1)[:, None], axis=1)
-        shifted_TK = wanted_TK + shift_T1
-        found_TK = levels64_L[np.searchsorted(midpoints_L, shifted_TK)]
-        good_T = (np.abs(found_TK - shifted_TK) <= _NEAR * (1 + wanted_TK)).all(axis=1)
-        result[part][good_T] = -found_TK[good_T].astype(np.float32)
-    return result
+    wanted_TK = -part_TK[chosen].astype(np.float64)
+    nearest_T = np.searchsorted(midpoints_L, wanted_TK[:, 0])
+    start_TC = levels64_L[np.clip(nearest_T[:, None] + _CANDIDATES, 0, len(levels_L) - 1)]
+    shift_TC = start_TC - wanted_TK[:, :1]
+    tried_TCk = wanted_TK[:, None, columns] + shift_TC[:, :, None]
+    off_TCk = np.abs(levels64_L[np.searchsorted(midpoints_L, tried_TCk)] - tried_TCk)
+    shift_T1 = np.take_along_axis(shift_TC, off_TCk.sum(axis=2).argmin(axis=1)[:, None], axis=1)
+    shifted_TK = wanted_TK + shift_T1
+    found_TK = levels64_L[np.searchsorted(midpoints_L, shifted_TK)]
+    good_T = (np.abs(found_TK - shifted_TK) <= _NEAR * (1 + wanted_TK)).all(axis=1)
+    part_TK[chosen[good_T]] = -found_TK[good_T].astype(np.float32)
+    return np.asarray(good_T)
