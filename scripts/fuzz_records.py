@@ -28,7 +28,7 @@ from numcodecs.checksum32 import CRC32C
 from tailcache.scripts.record_mutations import mutate_bytes, mutate_values
 from tailcache.storage.array_metadata import check_array_metadata
 from tailcache.storage.arrays import ArraySpec
-from tailcache.storage.chunk_bounds import blosc_problem, index_bytes, parse_index
+from tailcache.storage.chunk_bounds import blosc_problem, parse_index
 from tailcache.storage.corpus import corpus_arrays
 from tailcache.storage.durable import sha256
 from tailcache.storage.errors import CorruptError, TailcacheError
@@ -105,7 +105,7 @@ def _targets(cache: Path) -> dict[str, _Target]:
     read = Path.read_bytes
     manifest = parse_manifest(read(teacher / "manifest.json"), "manifest")
     corpus_manifest = parse_corpus_manifest(read(corpus / "manifest.json"), "corpus")
-    arrays = corpus_arrays(corpus_manifest.vocab_size)
+    arrays = corpus_arrays(corpus_manifest.vocab_size, part=corpus_manifest.parent is not None)
     spec = manifest.layout.fields()["logprob_gaps"]
     slots = manifest.layout.num_shards * manifest.layout.shard_slots
     whole_object = read(teacher / spec.object_path(0))
@@ -119,7 +119,7 @@ def _targets(cache: Path) -> dict[str, _Target]:
         """The corpus' manifest says the hash of its checksums: here it says that of the changed ones."""
         return parse_checksums(data, "checksums", replace(corpus_manifest, checksums=sha256(data)), arrays)
 
-    index = parse_index(whole_object[-index_bytes(spec) :], len(whole_object), spec)
+    index = parse_index(whole_object[-spec.index_bytes :], len(whole_object), spec)
     first = int(index[0, 0])
     return {
         "manifest": sealed(teacher / "manifest.json", lambda data: parse_manifest(data, "manifest")),
@@ -134,7 +134,7 @@ def _targets(cache: Path) -> dict[str, _Target]:
             record=json.loads(metadata),
         ),
         "index": _Target(
-            data=whole_object[-index_bytes(spec) : -4], parse=lambda data: _index(data, len(whole_object), spec)
+            data=whole_object[-spec.index_bytes : -4], parse=lambda data: _index(data, len(whole_object), spec)
         ),
         "chunk": _Target(
             data=whole_object[first : first + int(index[0, 1]) - 4], parse=lambda data: _chunk(data, spec)

@@ -14,26 +14,20 @@ from numpy.typing import NDArray
 
 from tailcache.storage.arrays import ArraySpec
 
-__all__ = ["ABSENT", "blosc_problem", "index_bytes", "parse_index", "zstd_problem"]
+__all__ = ["ABSENT", "blosc_problem", "parse_index", "zstd_problem"]
 
 ABSENT = (1 << 64) - 1
 """Offset and length of a chunk that is not stored."""
 _CHECKSUM_BYTES = 4
-_ENTRY_BYTES = 16
 _BLOSC_HEADER = 16
 _crc32c = CRC32C(location="end")
-
-
-def index_bytes(spec: ArraySpec) -> int:
-    """Bytes of an object's index, its checksum included."""
-    return _ENTRY_BYTES * (spec.shard // spec.chunk) + _CHECKSUM_BYTES
 
 
 def parse_index(stored: bytes, size: int, spec: ArraySpec) -> NDArray[np.uint64]:
     """Offset and length of each chunk of an object.
 
     Args:
-      stored: the object's last ``index_bytes``.
+      stored: the object's last ``spec.index_bytes``.
       size: bytes of the whole object.
       spec: of its array.
 
@@ -41,9 +35,10 @@ def parse_index(stored: bytes, size: int, spec: ArraySpec) -> NDArray[np.uint64]
       [chunks, 2] uint64; ``ABSENT`` twice for a chunk that is not stored.
 
     Raises:
-      ValueError: it is cut short, its checksum does not match, or a chunk would not lie in the file before the index.
+      ValueError: it is cut short, its checksum does not match, or chunks would not lie in the file before the index,
+        each in a place of its own.
     """
-    expected = index_bytes(spec)
+    expected = spec.index_bytes
     if len(stored) != expected or size < expected:
         raise ValueError(f"expected an index of {expected} bytes, found {len(stored)}")
     try:
@@ -60,6 +55,10 @@ def parse_index(stored: bytes, size: int, spec: ArraySpec) -> NDArray[np.uint64]
         raise ValueError(
             f"chunk {chunk}: expected to lie within the {end} bytes before the index, found {length[chunk]} bytes at "
             f"{offset[chunk]}"
+        )
+    if int(length[~absent].sum()) > end:  # many chunks in one place: a bomb
+        raise ValueError(
+            f"expected chunks one after another in {end} bytes, found {length[~absent].sum()} bytes of them"
         )
     return index
 

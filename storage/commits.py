@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -232,7 +232,7 @@ def complete_record(
     )
 
 
-def load_codec(place: Place, layout: Layout, checksums: dict[str, str]) -> Codec:
+def load_codec(place: Place, layout: Layout, checksums: Mapping[str, str]) -> Codec:
     """Read a teacher's vocabulary order and levels, checked against its manifest.
 
     Raises:

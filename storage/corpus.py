@@ -32,18 +32,18 @@ from tailcache.storage.arrays import ArraySpec
 from tailcache.storage.durable import TEMPORARY
 from tailcache.storage.errors import (
     CorruptError,
-    FormatError,
     IncompleteError,
     NotFoundError,
 )
+from tailcache.storage.limits import MAX_ARRAY_METADATA, MAX_MANIFEST
 from tailcache.storage.objects import ChunkTable, read_index, read_object
 from tailcache.storage.place import Location, Place, open_place
 from tailcache.storage.recent import Recent
-from tailcache.storage.sealed import MAX_BYTES, unseal
+from tailcache.storage.records import CORPUS_VERSION, Checksums, parse_checksums, parse_corpus_manifest
+from tailcache.storage.sealed import MAX_BYTES
 
 __all__ = ["CORPUS_VERSION", "Corpus", "Rows", "corpus_arrays"]
 
-CORPUS_VERSION = 1
 _CHUNK, _SHARD = 1 << 16, 1 << 22
 _CHUNKS_KEPT, _TABLES_KEPT = 16, 1 << 14  # decoded chunks of at most 0.5 MB, tables of 1 KB
 _BLOCK = 1 << 20  # elements read at a time where a whole array is streamed
@@ -130,7 +130,7 @@ class Corpus:
         self.place = self.cache_place / "corpus"
         where = f"{self.place}/manifest.json"
         try:
-            data = self.place.read_limited("manifest.json", MAX_BYTES)
+            data = self.place.read_limited("manifest.json", MAX_MANIFEST)
         except FileNotFoundError as error:
             found = self.cache_place.folders()
             if "corpus" in found and self.place.local is not None:
@@ -143,44 +143,39 @@ class Corpus:
                 f"{self.cache_place}: expected a cache with a folder 'corpus', found none; make one with "
                 "`tailcache prepare`"
             ) from error
-        self.manifest = unseal(data, where)
-        if self.manifest.get("format") != "tailcache corpus":
-            raise FormatError(f"{self.place}: expected a tailcache corpus, found {self.manifest.get('format')!r}")
-        if self.manifest.get("format_version") != CORPUS_VERSION:
-            raise FormatError(
-                f"{self.place}: expected format version {CORPUS_VERSION}, found "
-                f"{self.manifest.get('format_version')!r}; install the version of tailcache that wrote it"
-            )
-        self.num_rows: int = self.manifest["num_rows"]
-        self.num_tokens: int = self.manifest["num_tokens"]
-        self.num_targets: int = self.manifest["num_targets"]
-        self.vocab_size: int = self.manifest["vocab_size"]
-        self.hash: str = self.manifest["hash"]
-        self.parent: dict[str, Any] | None = self.manifest.get("parent")
+        self.record = parse_corpus_manifest(data, where)
+        self.manifest = self.record.values
+        self.num_rows, self.num_tokens = self.record.num_rows, self.record.num_tokens
+        self.num_targets, self.vocab_size = self.record.num_targets, self.record.vocab_size
+        self.hash = self.record.hash
+        self.parent = self.record.parent
         self._specs = corpus_arrays(self.vocab_size, part=self.parent is not None)
-        self._lengths: dict[str, int] = {
-            "row_offsets": self.num_rows + 1,
-            "target_offsets": self.num_rows + 1,
-            "held_out": self.num_rows,
-            "parent_rows": self.num_rows,
-            "token_counts": self.vocab_size,
-        }
         self._recent: Recent[tuple[str, int], NDArray[Any]] = Recent(_CHUNKS_KEPT)
         self._tables: Recent[str, ChunkTable] = Recent(_TABLES_KEPT)
         self._arrays_checked: set[str] = set()
 
     @cached_property
-    def _checksums(self) -> dict[str, dict[str, str]]:
-        data = self.place.read_checked("checksums.json", self.manifest["checksums"])
-        return unseal(data, f"{self.place}/checksums.json")
+    def _checksums(self) -> Checksums:
+        data = self.place.read_checked("checksums.json", self.record.checksums, MAX_BYTES)
+        return parse_checksums(data, f"{self.place}/checksums.json", self.record, self._specs)
 
     @cached_property
     def tokenizer_dir(self) -> Path:
-        """A folder on this machine with the tokenizer's files; those of a remote cache are fetched and checked."""
+        """A folder on this machine with the tokenizer's files and no others, each as it was written.
+
+        Raises:
+          CorruptError: a file is missing, damaged, or one that no record knows.
+        """
+        known = {n.removeprefix("tokenizer/"): d for n, d in self._checksums.files.items() if n[:10] == "tokenizer/"}
+        folder = self.place.local_copy("tokenizer", known)
         if self.place.local is not None:
-            return self.place.local / "tokenizer"
-        files = {n.removeprefix("tokenizer/"): d for n, d in self._checksums["files"].items() if n[:10] == "tokenizer/"}
-        return self.place.local_copy("tokenizer", files)
+            found = {name.removeprefix("tokenizer/") for name, _ in self.place.files("tokenizer")}
+            for name in sorted(found - known.keys()):
+                raise CorruptError(
+                    f"{self.place}/tokenizer: expected {len(known)} files, found {name!r} too, which no record of the "
+                    "corpus knows; delete it"
+                )
+        return folder
 
     def read(self, name: str, first: int, last: int) -> NDArray[Any]:
         """``array[first:last]`` of one array, checked against its checksums on the way.
@@ -188,10 +183,11 @@ class Corpus:
         Raises:
           CorruptError: an object is missing or damaged.
         """
-        spec, length = self._specs[name], self._length(name)
-        if last > length:
+        spec, length = self._specs[name], self.record.array_length(name)
+        if not 0 <= first <= last <= length:
             raise CorruptError(
-                f"{self.place}/{name}: expected at least {last} elements, found {length}; run `tailcache verify`"
+                f"{self.place}/{name}: expected elements within [0, {length}), found [{first}, {last}); run `tailcache "
+                "verify`"
             )
         chunk = first // spec.chunk
         if not first < last <= (chunk + 1) * spec.chunk:
@@ -203,9 +199,6 @@ class Corpus:
             self._recent.put((name, chunk), recent)
         return recent[first - chunk * spec.chunk : last - chunk * spec.chunk].copy()
 
-    def _length(self, name: str) -> int:
-        return self._lengths.get(name, self.num_tokens)
-
     def _table(self, spec: ArraySpec, shard: int) -> ChunkTable:
         """Where an object's chunks lie; before it is first read, they and its metadata are those that were written."""
         file = spec.object_path(shard)
@@ -214,19 +207,18 @@ class Corpus:
             return table
         metadata = f"{spec.name}/zarr.json"
         if spec.name not in self._arrays_checked:
-            self.place.read_checked(metadata, self._checksums["files"].get(metadata))
+            self.place.read_checked(metadata, self._checksums.files[metadata], MAX_ARRAY_METADATA)
             self._arrays_checked.add(spec.name)
-        if file in self._checksums["files"]:
-            self.place.expect(file, self._checksums["files"][file])
+        self.place.expect(file, self._checksums.files[file])
         try:
             index = read_index(self.place, file, spec)
         except FileNotFoundError:
             raise CorruptError(
                 f"{self.place}/{file}: missing; run `tailcache verify`, then restore it from a copy"
             ) from None
-        expected = self._checksums["chunks"].get(file)
+        expected = self._checksums.chunks[file]
         try:
-            if expected is not None and index.seal != expected:
+            if index.seal != expected:
                 raise ValueError(f"its chunks' checksums give {index.seal}, not {expected}")
             table = index.table(spec)
         except ValueError as error:
@@ -249,7 +241,7 @@ class Corpus:
 
     def stream(self, name: str) -> Iterator[NDArray[Any]]:
         """A whole array, in pieces of bounded size."""
-        length = self._length(name)
+        length = self.record.array_length(name)
         for first in range(0, length, _BLOCK):
             yield self.read(name, first, min(first + _BLOCK, length))
 
@@ -267,7 +259,7 @@ class Corpus:
           CorruptError: stored bytes are damaged.
         """
         self._check_rows(first, last)
-        offsets = self.read("row_offsets", first, last + 1)
+        offsets = self._offsets("row_offsets", first, last, self.num_tokens)
         a, b = int(offsets[0]), int(offsets[-1])
         return Rows(
             row_indices=np.arange(first, last, dtype=np.int64),
@@ -281,7 +273,17 @@ class Corpus:
     def target_offsets(self, first: int, last: int) -> NDArray[np.int64]:
         """[last - first + 1] int64: the number of targets before each of these rows, and after the last."""
         self._check_rows(first, last)
-        return self.read("target_offsets", first, last + 1)
+        return self._offsets("target_offsets", first, last, self.num_targets)
+
+    def _offsets(self, name: str, first: int, last: int, most: int) -> NDArray[np.int64]:
+        """Offsets that can be relied on: what they lead to is read without asking again."""
+        offsets = self.read(name, first, last + 1)
+        if offsets[0] < 0 or offsets[-1] > most or (offsets[1:] < offsets[:-1]).any():
+            raise CorruptError(
+                f"{self.place}/{name}: expected offsets from 0 to {most} that do not decrease, found others in rows "
+                f"[{first}, {last}); run `tailcache verify`, then restore the corpus from a copy"
+            )
+        return offsets
 
     def rows_of_targets(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Which row each of some target positions is in.

@@ -34,7 +34,7 @@ from typing import Any
 
 from tailcache.storage.durable import sha256
 from tailcache.storage.errors import CorruptError
-from tailcache.storage.place import Claim, Place
+from tailcache.storage.place import MAX_CHECKED, Claim, Place
 from tailcache.storage.retry import number_from_environment
 from tailcache.storage.sealed import canonical
 
@@ -305,11 +305,11 @@ class CachedPlace(Place):
         descriptor = self._cache.open(digest, size, lambda: self._place.read(name))
         return None if descriptor is None else (descriptor, os.fstat(descriptor).st_size)
 
-    def read_checked(self, name: str, expected: str | None) -> bytes:
+    def read_checked(self, name: str, expected: str | None, limit: int = MAX_CHECKED) -> bytes:
         """The whole content of a file whose hash is on record; from a copy, where it can be."""
         if expected is not None and _HASH.fullmatch(expected) and self._cache.holds(expected, 0):
             with contextlib.suppress(FileNotFoundError):
-                descriptor = self._cache.open(expected, None, lambda: self._place.read(name))
+                descriptor = self._cache.open(expected, None, lambda: self._place.read_limited(name, limit))
                 if descriptor is not None:
                     try:
                         size = os.fstat(descriptor).st_size
@@ -317,7 +317,7 @@ class CachedPlace(Place):
                         return _read_all(descriptor, size)
                     finally:
                         os.close(descriptor)
-        return self._place.read_checked(name, expected)
+        return self._place.read_checked(name, expected, limit)
 
     def read_limited(self, name: str, limit: int) -> bytes:
         """A whole file of at most some size."""

@@ -38,8 +38,8 @@ MAX_COUNT = 1 << 48
 """Tokens, rows, positions or slots: several times all text there is."""
 MAX_COLUMNS = 1 << 24
 """Of a two-dimensional array; K = V is allowed."""
-MAX_CHUNK_BYTES = (1 << 31) - 17
-"""Of a decoded chunk: the most that the blosc format can say."""
+MAX_CHUNK_BYTES = 1 << 30
+"""Of a decoded chunk; the blosc format ends at twice that."""
 MAX_CHUNKS = 1 << 20
 """In one object: an index of 16 MiB."""
 MAX_HEAD = 1 << 33

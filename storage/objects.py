@@ -88,9 +88,8 @@ def read_object(
     chunks, and one decoded chunk, beside the result.
     """
     trailing = () if spec.columns is None else (spec.columns,)
-    out = np.empty((last - first, *trailing), np.dtype(spec.dtype))
     if last <= first:
-        return out
+        return np.empty((0, *trailing), np.dtype(spec.dtype))
     try:
         if table is None:
             table = parse_index(*place.read_end(name, spec.index_bytes), spec)
@@ -102,8 +101,11 @@ def read_object(
             ranges.append((offset, offset + length))
         if len(ranges) < end - begin:
             raise ValueError(f"expected at least {end} chunks, found {len(table)}")
-        for chunk, (a, b), stored in zip(range(begin, end), ranges, place.read_ranges(name, ranges), strict=True):
-            values = _decode_chunk(stored, b - a, spec)
+        read = place.read_ranges(name, ranges)
+        payloads = [_payload(stored, b - a, spec) for (a, b), stored in zip(ranges, read, strict=True)]
+        out = np.empty((last - first, *trailing), np.dtype(spec.dtype))  # not before there is enough to fill it
+        for chunk, payload in enumerate(payloads, begin):
+            values = _decode_chunk(payload, spec)
             start = chunk * spec.chunk
             low, high = max(first, start), min(last, start + spec.chunk)
             out[low - first : high - first] = values[low - start : high - start]
@@ -123,20 +125,29 @@ def read_array(place: Place, spec: ArraySpec, length: int, where: str) -> NDArra
     Raises:
       CorruptError: an object is missing or damaged.
     """
-    values = np.empty((length,) if spec.columns is None else (length, spec.columns), spec.dtype)
+    values: NDArray[Any] | None = None
     for number in range(spec.num_objects(length)):
-        part = values[number * spec.shard : (number + 1) * spec.shard]
-        part[:] = read_object(place, spec.object_path(number), spec, 0, len(part), where)
+        first, last = number * spec.shard, min((number + 1) * spec.shard, length)
+        part = read_object(place, spec.object_path(number), spec, 0, last - first, where)
+        if values is None:  # not before there is something to put into it
+            values = np.empty((length, *part.shape[1:]), part.dtype)
+        values[first:last] = part
+    assert values is not None, f"{where}: expected an array of at least one element"
     return values
 
 
-def _decode_chunk(stored: bytes, length: int, spec: ArraySpec) -> NDArray[Any]:
+def _payload(stored: bytes, length: int, spec: ArraySpec) -> bytes:
+    """What a chunk was compressed to, if it is whole and will have the size of a chunk."""
     if len(stored) != length:
         raise ValueError(f"expected a chunk of {length} bytes, found {len(stored)}")
-    payload = _crc32c.decode(stored)
+    payload: bytes = _crc32c.decode(stored)
     problem = blosc_problem(payload, chunk_bytes(spec))
     if problem:
         raise ValueError(problem)
+    return payload
+
+
+def _decode_chunk(payload: bytes, spec: ArraySpec) -> NDArray[Any]:
     values = np.frombuffer(blosc.decompress(payload), np.dtype(spec.dtype).newbyteorder("<"))
     if spec.columns is None:
         return values.reshape(spec.chunk)

@@ -19,7 +19,10 @@ from typing import Protocol, TypeVar
 from tailcache.storage.durable import sha256
 from tailcache.storage.errors import CorruptError
 
-__all__ = ["Claim", "Location", "Place", "open_place"]
+__all__ = ["MAX_CHECKED", "Claim", "Location", "Place", "open_place"]
+
+MAX_CHECKED = 1 << 30
+"""Bytes of a file that is read as a whole, where nothing smaller is known."""
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -149,14 +152,14 @@ class Place(ABC):
 
         return local_copy(self, below, files)
 
-    def read_checked(self, name: str, expected: str | None) -> bytes:
-        """The whole content of a file whose hash is on record.
+    def read_checked(self, name: str, expected: str | None, limit: int = MAX_CHECKED) -> bytes:
+        """The whole content of a file whose hash is on record, and whose size is at most ``limit``.
 
         Raises:
           CorruptError: the file is missing, or not what was written.
         """
         try:
-            data = self.read(name)
+            data = self.read_limited(name, limit)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             data = None
         if data is None or sha256(data) != expected:

@@ -21,15 +21,15 @@ from numpy.typing import NDArray
 from tailcache.storage.codec import OPTIONAL, Targets
 from tailcache.storage.commits import load_codec
 from tailcache.storage.corpus import Corpus, Rows
-from tailcache.storage.durable import sha256
-from tailcache.storage.errors import ConfigError, CorruptError, IncompleteError, MismatchError, NotFoundError
+from tailcache.storage.errors import ConfigError, CorruptError, IncompleteError, NotFoundError
 from tailcache.storage.hidden import StoredHead
-from tailcache.storage.layout import Layout, check_name, commit_path
+from tailcache.storage.layout import check_name, commit_path
+from tailcache.storage.limits import MAX_ARRAY_METADATA, MAX_COMMIT, MAX_MANIFEST, largest_object
 from tailcache.storage.objects import ChunkTable, read_array, read_index, read_object
 from tailcache.storage.order import shuffled_windows
 from tailcache.storage.place import Location, Place, open_place
 from tailcache.storage.recent import Recent
-from tailcache.storage.sealed import MAX_BYTES, unseal
+from tailcache.storage.records import Commit, ObjectEntry, parse_commit, parse_complete, parse_manifest
 
 __all__ = ["Cache", "StoredHead", "Teacher", "open_cache"]
 
@@ -93,24 +93,17 @@ class Teacher:
         self.corpus = corpus
         self.place = corpus.cache_place / "teachers" / name
         data = self._manifest_bytes()
-        self.manifest = unseal(data, f"{self.place}/manifest.json")
-        self._manifest_seal = sha256(data)
-        self.layout = Layout.from_attributes(self.manifest["layout"], f"{self.place}/manifest.json")
-        if self.manifest["corpus_hash"] != corpus.hash:
-            raise MismatchError(
-                f"{self.place}: captured over the corpus {self.manifest['corpus_hash'][:12]}…, but the cache has "
-                f"{corpus.hash[:12]}…; put the teacher back beside its own corpus, or capture it again"
-            )
+        self.record = parse_manifest(data, f"{self.place}/manifest.json")
+        self.manifest, self.layout = self.record.values, self.record.layout
+        self.record.check_corpus(corpus.record, str(self.place))
         try:
-            data = self.place.read_limited("complete.json", MAX_BYTES)
+            data = self.place.read_limited("complete.json", MAX_COMMIT)
         except FileNotFoundError:
             raise IncompleteError(
                 f"{self.place}: its capture has not finished; run the same `tailcache capture` again to continue it"
             ) from None
-        self.complete = unseal(data, f"{self.place}/complete.json")
-        self.hash = sha256(data)
-        if self.complete["manifest"] != self._manifest_seal:
-            raise CorruptError(f"{self.place}/complete.json: belongs to another manifest; restore both from one copy")
+        self.complete = parse_complete(data, f"{self.place}/complete.json", self.record)
+        self.hash = self.complete.seal
         self.top_k, self.num_samples = self.layout.top_k, self.layout.num_samples
         self.vocab_size, self.num_targets = self.layout.vocab_size, self.layout.num_positions
         self.temperatures = self.layout.temperatures
@@ -124,7 +117,7 @@ class Teacher:
 
     def _manifest_bytes(self) -> bytes:
         try:
-            return self.place.read_limited("manifest.json", MAX_BYTES)
+            return self.place.read_limited("manifest.json", MAX_MANIFEST)
         except FileNotFoundError:
             pass
         if self.place.exists("complete.json") or any(self.place.files("commits")):
@@ -142,8 +135,8 @@ class Teacher:
     @cached_property
     def _codec(self) -> Any:
         for name in self._fields:
-            self.place.read_checked(f"{name}/zarr.json", self.manifest["files"].get(f"{name}/zarr.json"))
-        return load_codec(self.place, self.layout, self.manifest["files"])
+            self.place.read_checked(f"{name}/zarr.json", self.record.files[f"{name}/zarr.json"], MAX_ARRAY_METADATA)
+        return load_codec(self.place, self.layout, self.record.files)
 
     @cached_property
     def mean_tail(self) -> NDArray[np.float32]:
@@ -180,9 +173,10 @@ class Teacher:
     def _constant(self, name: str) -> NDArray[Any]:
         """A constant of any number of objects, each against its hash; one object at a time beside the result."""
         spec, length = self.layout.constants()[name], self.layout.constant_length(name)
-        known = {**self.manifest["files"], **self.complete["files"]}
-        for file in (f"{name}/zarr.json", *map(spec.object_path, range(spec.num_objects(length)))):
-            self.place.read_checked(file, known.get(file))
+        known = {**self.record.files, **self.complete.files}
+        self.place.read_checked(f"{name}/zarr.json", known[f"{name}/zarr.json"], MAX_ARRAY_METADATA)
+        for file in map(spec.object_path, range(spec.num_objects(length))):
+            self.place.read_checked(file, known[file], largest_object(spec))
         return read_array(self.place, spec, length, f"teacher {self.name!r}, {name}")
 
     def _shard_start(self, shard: int) -> int:
@@ -192,21 +186,16 @@ class Teacher:
 
     # -- reading -----------------------------------------------------------------------------------------------
 
-    def commit(self, shard: int) -> dict[str, Any]:
+    def commit(self, shard: int) -> Commit:
         """The commit record of a shard, checked."""
         name = commit_path(shard)
         try:
-            data = self.place.read_limited(name, MAX_BYTES)
+            data = self.place.read_limited(name, MAX_COMMIT)
         except FileNotFoundError:
             raise CorruptError(
                 f"{self.place}/{name}: missing, though the capture was complete; restore it from a copy"
             ) from None
-        record = unseal(data, f"{self.place}/{name}")
-        if record["shard"] != shard or record["manifest"] != self._manifest_seal:
-            raise CorruptError(
-                f"{self.place}/{name}: belongs to another shard or capture; restore the right one from a copy"
-            )
-        return record
+        return parse_commit(data, f"{self.place}/{name}", shard, self.record)
 
     def _wanted(self, optional: Collection[str]) -> list[str]:
         """The fields to be read: all that every cache has, and the optional ones that are asked for."""
@@ -227,7 +216,7 @@ class Teacher:
         """The tables of a shard's objects; before one is first used, it is the one that was committed."""
         tables = {name: self._tables.get((shard, name)) for name in names}
         if any(table is None for table in tables.values()):
-            files = self.commit(shard)["files"]
+            files = self.commit(shard).files
             missing = [name for name in names if tables[name] is None]
             found = self.place.map(
                 lambda name: self._committed(shard, name, files.get(self._fields[name].object_path(shard))), missing
@@ -237,25 +226,25 @@ class Teacher:
                 tables[name] = table
         return {name: table for name, table in tables.items() if table is not None}
 
-    def _committed(self, shard: int, name: str, entry: dict[str, Any] | None) -> ChunkTable:
+    def _committed(self, shard: int, name: str, entry: ObjectEntry | None) -> ChunkTable:
         spec = self._fields[name]
         file = spec.object_path(shard)
         if entry is None:  # a shard without targets has no objects
             return np.empty((0, 2), np.uint64)
         where = f"teacher {self.name!r}, shard {shard}, field {name}"
-        self.place.expect(file, entry["sha256"], entry["bytes"])
+        self.place.expect(file, entry.sha256, entry.bytes)
         try:
             index = read_index(self.place, file, spec)
         except FileNotFoundError:
             index = None
-        if index is None or index.size != entry["bytes"]:
+        if index is None or index.size != entry.bytes:
             raise CorruptError(
-                f"{where}: expected {self.place}/{file} to have {entry['bytes']} bytes, found "
+                f"{where}: expected {self.place}/{file} to have {entry.bytes} bytes, found "
                 f"{'no file' if index is None else index.size}; restore it from a copy or capture again"
             )
         try:
-            if index.seal != entry["chunks"]:
-                raise ValueError(f"its chunks' checksums give {index.seal}, not {entry['chunks']}")
+            if index.seal != entry.chunks:
+                raise ValueError(f"its chunks' checksums give {index.seal}, not {entry.chunks}")
             return index.table(spec)
         except ValueError as error:
             raise CorruptError(
@@ -265,6 +254,11 @@ class Teacher:
 
     def _slots(self, shard: int, first: int, last: int, names: list[str]) -> Targets:
         """Decode slots ``first`` to ``last`` (within the shard) of some fields."""
+        if not 0 <= first <= last <= self.layout.shard_slots:
+            raise CorruptError(
+                f"teacher {self.name!r}, shard {shard}: expected targets within [0, {self.layout.shard_slots}), found "
+                f"[{first}, {last}) by the corpus' target_offsets; run `tailcache verify`"
+            )
         tables = self._touch(shard, names)
         codec = self._codec
 

@@ -66,6 +66,7 @@ _ARRAY_NAME = r"[a-z][a-z0-9_]{0,63}"
 _METADATA_PATH = re.compile(rf"(?:{_ARRAY_NAME}/)?zarr\.json")
 _OBJECT_PATH = re.compile(rf"({_ARRAY_NAME})/c/(0|[1-9][0-9]{{0,15}})(?:/0)?")
 _TOKENIZER_DEPTH = 4
+_NO_TOKENIZER = (".py", ".pyc", ".so", ".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt")
 _NAME_BYTES = 255  # what file systems allow
 
 
@@ -86,6 +87,8 @@ class CorpusManifest:
     source: Mapping[str, Any]
     recipe: Mapping[str, Any]
     report: Mapping[str, Any]
+    parent: dict[str, Any] | None
+    """Of a part of another corpus: that one's ``hash``, ``num_rows`` and ``report``."""
     values: dict[str, Any]
     """The whole record, with what is not known too."""
 
@@ -95,6 +98,7 @@ class CorpusManifest:
             "row_offsets": self.num_rows + 1,
             "target_offsets": self.num_rows + 1,
             "held_out": self.num_rows,
+            "parent_rows": self.num_rows,
             "token_counts": self.vocab_size,
         }.get(name, self.num_tokens)
 
@@ -213,8 +217,8 @@ def parse_corpus_manifest(data: bytes, where: str) -> CorpusManifest:
     tokens = of.whole("num_tokens", 1, MAX_COUNT)
     rows = of.whole("num_rows", 1, tokens)
     tokenizer = of.mapping("tokenizer")
-    if "fingerprint" in tokenizer:
-        _Record(tokenizer, where).hashes("fingerprint")
+    if "fingerprint" in tokenizer and not _are_texts(tokenizer["fingerprint"]):
+        raise of.wrong("tokenizer", "a 'fingerprint' of strings", tokenizer["fingerprint"])
     content = of.hashes("content")
     if not set(_CONTENT) <= content.keys():
         raise of.wrong("content", f"hashes of {', '.join(_CONTENT)}", sorted(content))
@@ -230,8 +234,15 @@ def parse_corpus_manifest(data: bytes, where: str) -> CorpusManifest:
         source=of.mapping("source"),
         recipe=of.mapping("recipe"),
         report=of.mapping("report"),
+        parent=None if of.values.get("parent") is None else _parent(of.mapping("parent"), f"{where}: parent", rows),
         values=of.values,
     )
+
+
+def _parent(values: dict[str, Any], where: str, rows: int) -> dict[str, Any]:
+    of = _Record(values, where)
+    of.hash("hash"), of.whole("num_rows", rows, MAX_COUNT), of.mapping("report")
+    return values
 
 
 def parse_checksums(data: bytes, where: str, manifest: CorpusManifest, specs: Mapping[str, ArraySpec]) -> Checksums:
@@ -449,10 +460,14 @@ def _is_tokenizer_path(path: str) -> bool:
         part.isprintable()
         and part.strip(". ")
         and not set("\\:") & set(part)
-        and not part.endswith(TEMPORARY)
+        and not part.endswith((TEMPORARY, *_NO_TOKENIZER))
         and len(part.encode()) <= _NAME_BYTES
         for part in parts
     )
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
 def _is_pair(value: Any) -> bool:

@@ -62,11 +62,11 @@ def teacher_problems(teacher: Teacher) -> Iterator[tuple[int | None, str]]:
             ):
                 yield shard, f"rows [{a}, {b}): {problem}"
         record = teacher.commit(shard)
-        if record["positions"] != found:
-            yield shard, f"expected {record['positions']} positions, found {found}"
+        if record.positions != found:
+            yield shard, f"expected {record.positions} positions, found {found}"
         for name, value in sums.items():
-            if abs(value - record["sums"][name]) > 1e-3 * (1 + abs(value)):
-                yield shard, f"sum of {name}: stored {record['sums'][name]}, computed {value}"
+            if abs(value - record.sums[name]) > 1e-3 * (1 + abs(value)):
+                yield shard, f"sum of {name}: stored {record.sums[name]}, computed {value}"
         total += found
     if total != teacher.num_targets:
         yield None, f"expected {teacher.num_targets} positions, found {total}"

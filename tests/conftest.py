@@ -3,13 +3,43 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 from s3_server import faults, s3_server, s3_url
 
 __all__ = ["faults", "s3_server", "s3_url"]
 
+Tally = Callable[[str, int], None]
+
 # Tiny models gain nothing from threads, and lose a lot to each other's where the suite shares two cores.
 torch.set_num_threads(1)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def tally(record_property: Callable[[str, Any], None]) -> Tally:
+    """Say how many faults of a kind a test has injected; the sums are printed at the end of a run."""
+
+    def add(kind: str, number: int) -> None:
+        record_property("tally", [kind, number])
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print the sums of ``tally``, those of other processes too."""
+    sums: Counter[str] = Counter()
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        if getattr(report, "when", None) == "call":
+            for name, value in report.user_properties:
+                if name == "tally":
+                    sums[value[0]] += value[1]
+    if sums:
+        terminalreporter.section("faults injected")
+        for kind, number in sorted(sums.items()):
+            terminalreporter.write_line(f"{number:8,} {kind}")

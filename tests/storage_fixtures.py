@@ -116,7 +116,7 @@ def summarise(
         log_tail=log_tail.astype(np.float32),
         tail_entropy=entropy.astype(np.float32),
         log_target=logprobs_TV[np.arange(num), next_T].astype(np.float32),
-        log_not_target=log_sum(logprobs_TV, ~is_next).astype(np.float32),
+        log_not_target=np.minimum(log_sum(logprobs_TV, ~is_next), 0).astype(np.float32),
         tail_samples=samples,
         log_z_tail=np.concatenate(
             [np.empty((num, 0)), *(log_sum(logprobs_TV / tau, in_tail)[:, None] for tau in temperatures)], axis=1

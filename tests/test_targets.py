@@ -415,7 +415,7 @@ def test_shards_without_targets(tmp_path: Path) -> None:
     everything = teacher.rows(0, corpus.num_rows)
     assert len(everything) == corpus.num_targets
     assert len(teacher.rows(0, 2)) == len(teacher.rows(10, 11)) == len(teacher.rows(4, 6)) == 0
-    assert teacher.commit(0)["files"] == {}
+    assert teacher.commit(0).files == {}
     picked = teacher.positions(np.arange(corpus.num_targets))
     assert (picked.token_ids == everything.token_ids).all()
     assert sum(len(targets) for _, targets in teacher.stream(seed=0)) == corpus.num_targets

@@ -123,7 +123,7 @@ def _architecture(config: StudentConfig, corpus: Corpus) -> PretrainedConfig:
             "drop one of them"
         )
     model_type = config.model_type or model_type or "llama"
-    tokenizer = AutoTokenizer.from_pretrained(corpus.tokenizer_dir)
+    tokenizer = _corpus_tokenizer(corpus)
     fitted: dict[str, Any] = {
         "vocab_size": corpus.vocab_size,
         "bos_token_id": tokenizer.bos_token_id,
@@ -155,6 +155,17 @@ def _sizes(config: StudentConfig, kind: type[PretrainedConfig], context: int) ->
     }
     probe = kind()
     return {name: value for name, value in sizes.items() if hasattr(probe, name)}
+
+
+def _corpus_tokenizer(corpus: Corpus) -> Any:
+    """The tokenizer that the cache brought along; it may bring code too, which is never run."""
+    try:
+        return AutoTokenizer.from_pretrained(corpus.tokenizer_dir, trust_remote_code=False)
+    except Exception as error:  # the libraries raise a dozen kinds for a broken tokenizer
+        raise StudentError(
+            f"{corpus.tokenizer_dir}: expected a tokenizer that can be loaded without running code of its own, found: "
+            f"{_in_short(error)}"
+        ) from error
 
 
 def _given(config: StudentConfig) -> dict[str, Any]:
@@ -193,7 +204,7 @@ def _check_tokenizer(checkpoint: str, revision: str | None, corpus: Corpus, note
             "same text"
         )
         return
-    expected = corpus.manifest["tokenizer"]["fingerprint"]
+    expected = corpus.manifest["tokenizer"].get("fingerprint", {})
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, revision=revision or "main")
     except (OSError, ValueError, ImportError, KeyError) as error:
