@@ -200,6 +200,7 @@ def _columns(facts: CardFacts) -> str:
         shape = "" if not pa.types.is_list(kind) else f"[L, {second[field.name]}] " if field.name in second else "[L] "
         while pa.types.is_list(kind):
             kind = kind.value_type
+        kind = "float32" if pa.types.is_float32(kind) else kind
         lines.append(f"| `{field.name}` | {shape}{kind} | {_MEANINGS[field.name].format(**values)} |")
     lines += [
         "",
@@ -293,6 +294,12 @@ def _pytorch(facts: CardFacts) -> str:
         else f'load_dataset(folder, split="{split}")'
     )
     function = "load_from_disk" if facts.config.format == "datasets" else "load_dataset"
+    masks = "Padding on the right needs no attention\nmask in a causal model."
+    if facts.columns.unit == "row":
+        masks = (
+            "The rows hold several documents, which the teacher saw one\nby one: the model has to keep them apart, by "
+            "`position_ids` or a mask of its own (in `transformers`, one row per batch and `use_cache=False`)."
+        )
     wanted = ["input_ids", "labels", "target_token_ids", "target_logprobs", "target_mask"] + ["log_tail"] * extras
     if extras:
         what = "the top K tokens and all others as one more, a lower bound of KL(teacher, student)"
@@ -338,8 +345,7 @@ def distillation_loss(logits, batch):
 loader = torch.utils.data.DataLoader(dataset, batch_size=4, collate_fn=collate)
 ```
 
-Then `distillation_loss(model(batch["input_ids"]).logits, batch)` for each `batch` of the loader. Padding on the right needs no attention
-mask in a causal model."""  # noqa: E501
+Then `distillation_loss(model(batch["input_ids"]).logits, batch)` for each `batch` of the loader. {masks}"""
 
 
 def _making(facts: CardFacts) -> str:

@@ -40,7 +40,7 @@ class Verb:
     summary: str
     config: str
     module: str
-    positional: tuple[str, ...] = ()
+    positional: tuple[str, ...] = ("cache",)
 
 
 VERBS = {
@@ -68,7 +68,6 @@ VERBS = {
         "write a teacher's targets as Parquet or a datasets folder",
         "tailcache.pipeline.export_config:ExportConfig",
         "tailcache.scripts.export",
-        ("cache",),
     ),
     "derive": Verb(
         "make a smaller, partial, merged or copied cache, without the teacher",
@@ -95,7 +94,7 @@ Run the teacher once; distil any number of students from its cached next-token d
 verbs:
 {verbs}
 
-tailcache VERB --help explains a verb and each of its settings.
+tailcache VERB --help explains a verb and each of its settings. The cache may come first, without its flag.
 --config FILE reads settings from YAML (one verb's settings, or a section per verb); flags are stronger.
 --version prints the version.
 """

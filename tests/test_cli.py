@@ -331,6 +331,14 @@ def test_a_real_run_from_the_shell(tmp_path: Path) -> None:
     assert "documents                     9" in runs[1].stdout
 
 
+def test_the_cache_may_come_first_without_its_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nowhere = str(tmp_path / "nowhere")
+    for command in (["info", nowhere], ["verify", nowhere], ["derive", nowhere, str(tmp_path / "new")]):
+        assert main(command) == 1
+        assert nowhere in capsys.readouterr().err
+    assert main(["info", nowhere, "another"]) == 2
+
+
 def test_every_verb_is_declared_with_a_light_settings_class() -> None:
     assert set(VERBS) == {"prepare", "capture", "train", "compare", "export", "derive", "verify", "info"}
     assert all(":" in verb.config and verb.summary for verb in VERBS.values())
