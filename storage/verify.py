@@ -9,7 +9,7 @@ a file that none of them knows is reported too. Then the values are decoded and 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from tailcache.storage import durable
 from tailcache.storage.alignment import supervise_next
 from tailcache.storage.commits import MANIFEST_COPY, commit_chain, tail_sum_path
 from tailcache.storage.corpus import Corpus
-from tailcache.storage.errors import NotFoundError, TailcacheError
+from tailcache.storage.errors import NotFoundError, StorageError, TailcacheError
 from tailcache.storage.layout import Layout, commit_path
 from tailcache.storage.place import Location, Place, open_place
 from tailcache.storage.reader import Teacher
@@ -90,6 +90,7 @@ class _Check:
         self.faults: list[Fault] = []
         self._sizes = dict(place.files())
         self._known: set[str] = set()
+        self._hashes: dict[str, str | OSError] = {}
         self._corpus: Corpus | None = None
 
     def _fault(self, name: str, problem: str, shard: int | None = None, field: str | None = None) -> None:
@@ -100,7 +101,8 @@ class _Check:
 
     # -- bytes -------------------------------------------------------------------------------------------------
 
-    def _digest(self, name: str, shard: int | None, field: str | None) -> str | None:
+    def _hash(self, name: str) -> str | OSError:
+        """The hash of a file's bytes, or why it cannot be read."""
         digest, size = hashlib.sha256(), self._sizes[name]
         try:
             for first in range(0, size, _READ):
@@ -108,9 +110,24 @@ class _Check:
                 digest.update(piece)
                 self.progress(len(piece))
         except OSError as error:
-            self._fault(name, f"cannot be read: {error.strerror or error}", shard, field)
-            return None
+            self._pass_on(error)
+            return error
         return digest.hexdigest()
+
+    def _read_ahead(self, names: Iterable[str]) -> None:
+        """Hash files that are about to be matched; several at once, where that is quicker."""
+        if self.level == "full":
+            there = [name for name in names if name in self._sizes]
+            self._hashes = dict(zip(there, self.place.map(self._hash, there), strict=True))
+
+    def _digest(self, name: str, shard: int | None, field: str | None) -> str | None:
+        found = self._hashes.pop(name, None)
+        if found is None:
+            found = self._hash(name)
+        if isinstance(found, OSError):
+            self._fault(name, f"cannot be read: {found.strerror or found}", shard, field)
+            return None
+        return found
 
     def _match(
         self, name: str, expected: str, shard: int | None = None, field: str | None = None, size: int | None = None
@@ -136,8 +153,14 @@ class _Check:
         except FileNotFoundError:
             self._fault(name, "missing", shard)
         except (TailcacheError, OSError) as error:
+            self._pass_on(error)
             self._fault(name, str(error), shard)
         return None
+
+    def _pass_on(self, error: Exception) -> None:
+        """A file that a disk cannot read is damage; a store that does not answer says nothing of the file."""
+        if isinstance(error, StorageError) and self.place.local is None:
+            raise error
 
     # -- the corpus --------------------------------------------------------------------------------------------
 
@@ -148,6 +171,7 @@ class _Check:
         if manifest is not None and checksums is not None and checksums[1] != manifest[0].get("checksums"):
             self._fault("corpus/checksums.json", "belongs to another manifest")
         if checksums is not None:
+            self._read_ahead(f"corpus/{name}" for name in checksums[0]["files"])
             for name, expected in sorted(checksums[0]["files"].items()):
                 self._match(f"corpus/{name}", expected, field=name.split("/")[0] if "/c/" in name else None)
         if len(self.faults) > before or manifest is None:
@@ -157,6 +181,7 @@ class _Check:
             for problem in _corpus_problems(self._corpus) if self.level == "full" else ():
                 self._fault("corpus", problem)
         except TailcacheError as error:
+            self._pass_on(error)
             self._fault("corpus", str(error))
 
     # -- a teacher ---------------------------------------------------------------------------------------------
@@ -178,6 +203,7 @@ class _Check:
         before = len(self.faults)
         if self._corpus is not None and manifest["corpus_hash"] != self._corpus.hash:
             self._fault(f"{folder}/manifest.json", "captured over another corpus than the one beside it")
+        self._read_ahead(f"{folder}/{file}" for file in manifest["files"])
         for file, expected in sorted(manifest["files"].items()):
             self._match(f"{folder}/{file}", expected)
         try:
@@ -228,6 +254,7 @@ class _Check:
             expected = {spec.object_path(shard) for spec in layout.fields().values()} if record["positions"] else set()
             if set(record["files"]) != expected:
                 self._fault(name, f"expected objects {sorted(expected)}, found {sorted(record['files'])}", shard)
+            self._read_ahead(f"{folder}/{file}" for file in record["files"])
             for file, entry in sorted(record["files"].items()):
                 self._match(f"{folder}/{file}", entry["sha256"], shard, file.split("/")[0], entry["bytes"])
         return committed
@@ -250,6 +277,7 @@ class _Check:
             for shard, problem in teacher_problems(Teacher(self._corpus, name)):
                 self._fault(f"teachers/{name}", problem, shard)
         except TailcacheError as error:
+            self._pass_on(error)
             self._fault(f"teachers/{name}", str(error))
 
     # -- what nobody knows -------------------------------------------------------------------------------------

@@ -81,6 +81,7 @@ def caches(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Ite
             assert main(made.command("capture", made.local, name=name)) == 0
         _killed_again_and_again(made)
         assert main(made.command("capture", made.url, name="b")) == 0
+        assert all(fault.struck > 3 for fault in made.faults.active)
         made.faults.clear()
         yield made
     s3_server.faults.clear()
@@ -90,7 +91,7 @@ def _killed_again_and_again(caches: Caches) -> None:
     """Capture teacher a in the bucket, with SIGKILL after every shard or two."""
     place = open_place(caches.url) / "teachers" / "a"
     line = [sys.executable, "-m", "tailcache.scripts.cli", *caches.command("capture", caches.url, name="a")]
-    for kill in range(1, 4):
+    for kill in (1, 3):
         with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             deadline = time.monotonic() + 120
             while len(list(place.files("commits"))) < kill and process.poll() is None:
@@ -182,7 +183,20 @@ def test_verify_finds_damage_in_the_bucket_and_not_in_copies(
         assert "log_tail" in capsys.readouterr().out
     finally:
         place.write(name, whole)
-    assert main(["verify", "--cache", caches.url]) == 0
+
+
+def test_a_store_that_goes_down_meanwhile_is_no_damage(
+    caches: Caches, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TAILCACHE_RETRY_SECONDS", "0.3")
+    for skip in (5, 40, 90):
+        caches.faults.clear()
+        caches.faults.add("503", times=None, skip=skip)
+        assert main(["verify", "--cache", caches.url]) == 1
+        error = capsys.readouterr().err
+        assert "reading failed, tried" in error
+        assert "SlowDown" in error
+    caches.faults.clear()
 
 
 def test_a_store_that_stays_down_is_an_error_that_says_so(

@@ -163,6 +163,22 @@ def test_settings_that_are_no_numbers(s3_url: str, monkeypatch: pytest.MonkeyPat
                     open_place(s3_url)
 
 
+def test_stores_of_other_kinds_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a request; what their settings lack is said."""
+    for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_", "AZURE_"))]:
+        monkeypatch.delenv(name)
+    for url in ("s3://bucket", "s3://bucket/a/b/", "gs://bucket/a"):
+        assert str(open_place(url)) == url.rstrip("/")
+    with pytest.raises(ConfigError, match=r"az://container: .*Account must be specified"):
+        open_place("az://container/a")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "someone")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "a2V5")
+    assert str(open_place("az://container/a")) == "az://container/a"
+    monkeypatch.setenv("AWS_CA_BUNDLE", "/nowhere")
+    with pytest.raises(ConfigError, match=r"AWS_CA_BUNDLE: .*No such file"):
+        open_place("s3://bucket/a")
+
+
 @pytest.mark.parametrize("package", ["obstore", "fsspec"])
 def test_a_package_that_is_missing(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
