@@ -11,8 +11,10 @@ keeps its table of chunks; a read is then one call for the bytes of the wanted c
 
 from __future__ import annotations
 
+import sys
+import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numcodecs import blosc
@@ -30,6 +32,8 @@ __all__ = ["ChunkTable", "ObjectIndex", "read_array", "read_index", "read_object
 ChunkTable = NDArray[np.uint64]
 """[chunks, 2]: offset and length of each chunk of an object."""
 _crc32c = CRC32C(location="end")
+_LITTLE = sys.byteorder == "little"
+_scratch = threading.local()  # kept between calls: touching new memory takes as long as what is done with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +107,16 @@ def read_object(
             raise ValueError(f"expected at least {end} chunks, found {len(table)}")
         read = place.read_ranges(name, ranges)
         payloads = [_payload(stored, b - a, spec) for (a, b), stored in zip(ranges, read, strict=True)]
-        out = np.empty((last - first, *trailing), np.dtype(spec.dtype))  # not before there is enough to fill it
+        order: Literal["C", "F"] = "F" if spec.column_major else "C"  # as the chunks lie, so that copying them is fast
+        out = np.empty((last - first, *trailing), np.dtype(spec.dtype), order)  # not before there is enough to fill it
         for chunk, payload in enumerate(payloads, begin):
-            values = _decode_chunk(payload, spec)
             start = chunk * spec.chunk
             low, high = max(first, start), min(last, start + spec.chunk)
-            out[low - first : high - first] = values[low - start : high - start]
+            part = out[low - first : high - first]
+            if high - low == spec.chunk and part.flags.c_contiguous and not spec.column_major and _LITTLE:
+                blosc.decompress(payload, part)
+            else:
+                part[:] = _decode_chunk(payload, spec)[low - start : high - start]
     except StorageError:
         raise
     except (OSError, ValueError, RuntimeError, OverflowError, IndexError) as error:
@@ -148,7 +156,13 @@ def _payload(stored: bytes, length: int, spec: ArraySpec) -> bytes:
 
 
 def _decode_chunk(payload: bytes, spec: ArraySpec) -> NDArray[Any]:
-    values = np.frombuffer(blosc.decompress(payload), np.dtype(spec.dtype).newbyteorder("<"))
+    """A chunk's values, in memory of this thread's that the next call uses again."""
+    size = chunk_bytes(spec)
+    held: NDArray[np.uint8] | None = getattr(_scratch, "chunk", None)
+    if held is None or len(held) < size:
+        held = _scratch.chunk = np.empty(size, np.uint8)
+    blosc.decompress(payload, held[:size])
+    values = held[:size].view(np.dtype(spec.dtype).newbyteorder("<"))
     if spec.columns is None:
         return values.reshape(spec.chunk)
     return values.reshape(spec.columns, spec.chunk).T if spec.column_major else values.reshape(spec.chunk, spec.columns)
