@@ -6,7 +6,7 @@ Legend: R rows, N tokens, T target positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,26 +20,28 @@ from tailcache.storage.shares import Stage
 if TYPE_CHECKING:
     from tailcache.storage.reader import Teacher
 
-__all__ = ["Block", "gather", "read_block", "walk"]
+__all__ = ["Block", "Cut", "Stored", "TargetRows", "gather", "read_block", "walk"]
 
 _MAX_GAP_ROWS = 8  # rows read along rather than starting another read
 
 
+Stored = dict[str, NDArray[Any]]
+"""The stored fields of some target positions, by name: what ``Teacher.decode`` decodes."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Block:
+class TargetRows:
     """Some rows and the targets of all their target positions."""
 
     rows: Rows
     targets: Targets
     target_offsets: NDArray[np.int64]
     """[R + 1] into the targets: those of row ``i`` are ``targets[target_offsets[i]:target_offsets[i + 1]]``."""
-    chosen: NDArray[np.int64]
-    """Which of the rows were asked for; others between them may have been read along."""
 
     def __len__(self) -> int:
-        return len(self.chosen)
+        return len(self.rows)
 
-    def without_targets(self) -> Block:
+    def without_targets(self) -> TargetRows:
         """The same tokens with nothing to be predicted, as no row of the corpus."""
         silent = replace(
             self.rows,
@@ -47,6 +49,21 @@ class Block:
             supervised=np.zeros_like(self.rows.supervised),
         )
         return replace(self, rows=silent, targets=self.targets[:0], target_offsets=np.zeros_like(self.target_offsets))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Some rows as they are held until they are wanted: not decoded, which takes half the memory."""
+
+    rows: Rows
+    stored: Stored
+    target_offsets: NDArray[np.int64]
+    """[R + 1] into the stored fields."""
+    chosen: NDArray[np.int64]
+    """Which of the rows were asked for; others between them may have been read along."""
+
+    def __len__(self) -> int:
+        return len(self.chosen)
 
 
 def read_block(teacher: Teacher, rows: NDArray[np.int64], *, optional: Collection[str] = ()) -> Block:
@@ -64,28 +81,40 @@ def read_block(teacher: Teacher, rows: NDArray[np.int64], *, optional: Collectio
     parts = []
     for run in np.split(rows, np.flatnonzero(np.diff(rows) > _MAX_GAP_ROWS) + 1):
         first, last = int(run[0]), int(run[-1]) + 1
-        read, targets = teacher.corpus.rows(first, last), teacher.rows(first, last, optional=optional)
+        read, stored = teacher.corpus.rows(first, last), teacher.stored(first, last, optional=optional)
         offsets = np.concatenate([[0], np.cumsum(read.supervised)])[read.offsets].astype(np.int64)
-        if len(targets) != offsets[-1]:
+        found = len(stored["log_tail"])
+        if found != offsets[-1]:
             raise MismatchError(
                 f"teacher {teacher.name!r}, rows {first} to {last - 1}: expected {offsets[-1]} targets, one per "
-                f"supervised position of the corpus, found {len(targets)}; run `tailcache verify`"
+                f"supervised position of the corpus, found {found}; run `tailcache verify`"
             )
-        parts.append(Block(rows=read, targets=targets, target_offsets=offsets, chosen=run - first))
-    return parts[0] if len(parts) == 1 else _join([(part, part.chosen) for part in parts])
+        parts.append(Block(rows=read, stored=stored, target_offsets=offsets, chosen=run - first))
+    if len(parts) == 1:
+        return parts[0]
+    joined, stored, target_offsets = _join([(part, part.chosen) for part in parts])
+    return Block(rows=joined, stored=stored, target_offsets=target_offsets, chosen=np.arange(len(joined)))
 
 
-def gather(held: Mapping[int, Block], visits: NDArray[np.int64], places: NDArray[np.int64]) -> Block:
-    """Some rows of several blocks, in the order asked for.
+def gather(
+    held: Mapping[int, Block],
+    visits: NDArray[np.int64],
+    places: NDArray[np.int64],
+    decode: Callable[[Stored], Targets],
+) -> TargetRows:
+    """Some rows of several blocks, in the order asked for, decoded.
 
     Args:
       held: blocks by their visit.
       visits: [R] which block each row is from; rows of one block should be together, each such run is one copy.
       places: [R] which row of its block.
+      decode: ``Teacher.decode``.
     """
     runs = np.split(np.arange(len(visits)), np.flatnonzero(np.diff(visits)) + 1)
     blocks = [held[int(visits[run[0]])] for run in runs]
-    return _join([(block, block.chosen[places[run]]) for block, run in zip(blocks, runs, strict=True)])
+    pairs = [(block, block.chosen[places[run]]) for block, run in zip(blocks, runs, strict=True)]
+    rows, stored, target_offsets = _join(pairs)
+    return TargetRows(rows=rows, targets=decode(stored), target_offsets=target_offsets)
 
 
 def _spans(offsets: NDArray[np.int64], places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -95,17 +124,22 @@ def _spans(offsets: NDArray[np.int64], places: NDArray[np.int64]) -> tuple[NDArr
     return np.repeat(shift, lengths) + np.arange(int(lengths.sum())), lengths
 
 
-def _join(pairs: list[tuple[Block, NDArray[np.int64]]]) -> Block:
+def _join(pairs: list[tuple[Block, NDArray[np.int64]]]) -> tuple[Rows, Stored, NDArray[np.int64]]:
     """Some rows of each block, by their indices in it, after one another; one copy."""
     tokens = [_spans(block.rows.offsets, places) for block, places in pairs]
     targets = [_spans(block.target_offsets, places) for block, places in pairs]
 
     def collect(of: Callable[[Block], NDArray[Any]], indices: list[NDArray[np.int64]]) -> NDArray[Any]:
         first = of(pairs[0][0])
-        out = np.empty((sum(map(len, indices)), *first.shape[1:]), first.dtype)
+        by_column = first.flags.f_contiguous and first.ndim > 1  # as it was stored; taken so, and left so
+        out = np.empty((sum(map(len, indices)), *first.shape[1:]), first.dtype, order="F" if by_column else "C")
         done = 0
         for (block, _), index in zip(pairs, indices, strict=True):
-            np.take(of(block), index, axis=0, out=out[done : done + len(index)], mode="clip")
+            part, values = out[done : done + len(index)], of(block)
+            if by_column:
+                np.take(values.T, index, axis=1, out=part.T, mode="clip")
+            else:
+                np.take(values, index, axis=0, out=part, mode="clip")
             done += len(index)
         return out
 
@@ -124,14 +158,26 @@ def _join(pairs: list[tuple[Block, NDArray[np.int64]]]) -> Block:
     )
 
     def field(name: str) -> NDArray[Any]:
-        return collect(lambda block: getattr(block.targets, name), by_target)
+        return collect(lambda block: block.stored[name], by_target)
 
-    return Block(
-        rows=rows,
-        targets=Targets(**{each.name: field(each.name) for each in fields(Targets)}),
-        target_offsets=offsets([lengths for _, lengths in targets]),
-        chosen=np.arange(len(rows)),
-    )
+    return rows, {name: field(name) for name in pairs[0][0].stored}, offsets([lengths for _, lengths in targets])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """What a step of a process is cut from."""
+
+    held: Mapping[int, Block]
+    visits: NDArray[np.int64]
+    places: NDArray[np.int64]
+    filler: bool
+    end: int
+    """How many rows of the order all processes have taken then."""
+
+    def made(self, decode: Callable[[Stored], Targets]) -> TargetRows:
+        """The rows of the step; any thread can make them."""
+        rows = gather(self.held, self.visits, self.places, decode)
+        return rows.without_targets() if self.filler else rows
 
 
 def walk(
@@ -139,7 +185,7 @@ def walk(
     announce: Callable[[list[int]], None],
     get: Callable[[int], Block],
     keep_up: Callable[[float], None] = lambda _: None,
-) -> Iterator[tuple[Block, int]]:
+) -> Iterator[Cut]:
     """Go through the steps of a process, holding the blocks that they need, and having the next ones read meanwhile.
 
     Args:
@@ -147,9 +193,6 @@ def walk(
       announce: is told the visits that will be asked for, before they are, in that order, each once.
       get: a block that was announced; each is asked for once, in the order they were announced in.
       keep_up: is told after each step what part of its stage is done.
-
-    Yields:
-      The rows of each step, and how many rows of the order have been taken then.
 
     Space: the blocks of two stages.
     """
@@ -163,7 +206,6 @@ def walk(
             announce(np.setdiff1d(following.needs, current.needs).tolist())
         held = {visit: held[visit] if visit in held else get(visit) for visit in current.needs.tolist()}
         for i, (visits, places) in enumerate(zip(current.visits, current.places, strict=True)):
-            block = gather(held, visits, places)
-            yield (block.without_targets() if current.filler else block), current.ends[i]
+            yield Cut(held=held, visits=visits, places=places, filler=current.filler, end=current.ends[i])
             keep_up((i + 1) / len(current.ends))
         current = following

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tailcache.storage.blocks import Stored
 from tailcache.storage.codec import OPTIONAL, Targets
 from tailcache.storage.commits import load_codec
 from tailcache.storage.corpus import Corpus, Rows
@@ -252,23 +253,68 @@ class Teacher:
                 "or capture again"
             ) from error
 
-    def _slots(self, shard: int, first: int, last: int, names: list[str]) -> Targets:
-        """Decode slots ``first`` to ``last`` (within the shard) of some fields."""
+    def _stored(self, shard: int, first: int, last: int, names: list[str]) -> Stored:
+        """Slots ``first`` to ``last`` (within the shard) of some fields, as they are stored."""
         if not 0 <= first <= last <= self.layout.shard_slots:
             raise CorruptError(
                 f"teacher {self.name!r}, shard {shard}: expected targets within [0, {self.layout.shard_slots}), found "
                 f"[{first}, {last}) by the corpus' target_offsets; run `tailcache verify`"
             )
         tables = self._touch(shard, names)
-        codec = self._codec
 
         def read(name: str) -> NDArray[Any]:
             spec = self._fields[name]
             where = f"teacher {self.name!r}, shard {shard}, field {name}"
             return read_object(self.place, spec.object_path(shard), spec, first, last, where, tables[name])
 
-        stored = dict(zip(names, self.place.map(read, names), strict=True))
-        targets: Targets = codec.decode(stored, f"teacher {self.name!r}, shard {shard}")
+        return dict(zip(names, self.place.map(read, names), strict=True))
+
+    def _slots(self, shard: int, first: int, last: int, names: list[str]) -> Targets:
+        """Decode slots ``first`` to ``last`` (within the shard) of some fields."""
+        targets: Targets = self._codec.decode(
+            self._stored(shard, first, last, names), f"teacher {self.name!r}, shard {shard}"
+        )
+        return targets
+
+    def _parts(self, first: int, last: int) -> list[tuple[int, int, int]]:
+        """The slots of some rows: shard, first slot and one past the last."""
+        offsets = self.corpus.target_offsets(first, last)
+        per_shard = self.layout.rows_per_shard
+        parts = []
+        for shard in range(first // per_shard, -(-last // per_shard)):
+            shard_first, shard_last = self.layout.shard_rows(shard)
+            a, b = max(first, shard_first), min(last, shard_last)
+            start = self._shard_start(shard)
+            parts.append((shard, int(offsets[a - first]) - start, int(offsets[b - first]) - start))
+        return parts or [(0, 0, 0)]
+
+    def stored(self, first: int, last: int, *, optional: Collection[str] = ()) -> Stored:
+        """The fields of rows ``first`` to ``last`` as they are stored, for ``decode``: half the memory of targets.
+
+        Args:
+          first: first row.
+          last: one past the last row.
+          optional: as for ``rows``.
+
+        Returns:
+          By field, arrays with one leading axis; those stored by columns are laid out so.
+
+        Raises:
+          ConfigError, NotFoundError, CorruptError: as for ``rows``.
+        """
+        names = self._wanted(optional)
+        parts = [self._stored(*part, names) for part in self._parts(first, last)]
+        if len(parts) == 1:
+            return parts[0]
+        return {name: _concatenate([part[name] for part in parts]) for name in names}
+
+    def decode(self, stored: Stored) -> Targets:
+        """Decode positions that ``stored`` gave, any of them in any order.
+
+        Raises:
+          CorruptError: a code lies outside its table.
+        """
+        targets: Targets = self._codec.decode(stored, f"teacher {self.name!r}")
         return targets
 
     def rows(self, first: int, last: int, *, optional: Collection[str] = ()) -> Targets:
@@ -285,15 +331,7 @@ class Teacher:
           CorruptError: stored bytes are missing or damaged (names the shard and the field).
         """
         names = self._wanted(optional)
-        offsets = self.corpus.target_offsets(first, last)
-        per_shard = self.layout.rows_per_shard
-        parts = []
-        for shard in range(first // per_shard, -(-last // per_shard)):
-            shard_first, shard_last = self.layout.shard_rows(shard)
-            a, b = max(first, shard_first), min(last, shard_last)
-            start = self._shard_start(shard)
-            parts.append(self._slots(shard, int(offsets[a - first]) - start, int(offsets[b - first]) - start, names))
-        return Targets.concatenate(parts) if parts else self._slots(0, 0, 0, names)
+        return Targets.concatenate([self._slots(*part, names) for part in self._parts(first, last)])
 
     def row(self, row: int, *, optional: Collection[str] = ()) -> Targets:
         """The targets of one row, with some optional fields."""
@@ -380,3 +418,10 @@ class Teacher:
             for row in run - first:
                 held.append((rows.slice(row, row + 1), targets[offsets[row] : offsets[row + 1]]))
         return held
+
+
+def _concatenate(parts: list[NDArray[Any]]) -> NDArray[Any]:
+    """After one another, laid out as they are."""
+    if parts[0].ndim > 1 and parts[0].flags.f_contiguous:
+        return np.concatenate([part.T for part in parts], axis=1).T
+    return np.concatenate(parts)

@@ -91,7 +91,7 @@ def test_reading_in_order_decodes_every_block_once(teacher: Teacher, monkeypatch
 def test_a_batch_of_a_block_is_that_of_its_rows(teacher: Teacher, layout: Layout, multiple: int) -> None:
     chosen = np.array([2, 3, 5, 8, 20])
     held = {0: read_block(teacher, chosen)}
-    block = gather(held, np.zeros(4, np.int64), np.array([3, 0, 4, 1]))
+    block = gather(held, np.zeros(4, np.int64), np.array([3, 0, 4, 1]), teacher.decode)
     found = collate_block(block, layout=layout, pad_to_multiple_of=multiple)
     rows = [_all_rows(teacher)[row] for row in (8, 2, 20, 3)]
     expected = collate(rows, layout=layout, pad_to_multiple_of=multiple)
@@ -108,8 +108,8 @@ def test_targets_that_do_not_fit_the_corpus_are_refused(teacher: Teacher) -> Non
     class Short:
         name, corpus = "short", teacher.corpus
 
-        def rows(self, first: int, last: int, *, optional: Any) -> Any:
-            return teacher.rows(first, last, optional=optional)[1:]
+        def stored(self, first: int, last: int, *, optional: Any) -> Any:
+            return {name: values[1:] for name, values in teacher.stored(first, last, optional=optional).items()}
 
     rows: Any = Short()
     with pytest.raises(MismatchError, match=r"teacher 'short', rows 0 to 23: expected 368 targets.*found 367"):

@@ -17,7 +17,7 @@ from storage_fixtures import make_corpus, make_exact
 from torch.utils.data import DataLoader
 from training_fixtures import one_thread
 
-from tailcache.storage.blocks import Block
+from tailcache.storage.blocks import TargetRows
 from tailcache.storage.codec import Targets
 from tailcache.storage.errors import ConfigError, CorruptError, MismatchError
 from tailcache.storage.reader import Teacher, open_cache
@@ -296,7 +296,7 @@ def test_damage_is_an_error_of_the_consumer(tmp_path: Path, num_workers: int) ->
 
 
 def test_an_error_of_the_collation_is_an_error_of_the_consumer(teacher: Teacher) -> None:
-    def refuse(block: Block) -> Any:
+    def refuse(rows: TargetRows) -> Any:
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):

@@ -1,17 +1,28 @@
-"""Let a thread work ahead of its consumer."""
+"""Threads that work ahead of a consumer."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["ahead"]
+__all__ = ["ahead", "on_device"]
 
 Item = TypeVar("Item")
+
+
+def on_device() -> Callable[[], None]:
+    """What a new thread is to call so that it uses the GPU this one does: it would begin on the first."""
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+
+    def choose() -> None:
+        if device is not None:
+            torch.cuda.set_device(device)
+
+    return choose
 
 
 def ahead(items: Generator[Item], depth: int) -> Generator[Item]:
@@ -21,7 +32,7 @@ def ahead(items: Generator[Item], depth: int) -> Generator[Item]:
     """
     ready: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
     left = threading.Event()
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    choose_device = on_device()
 
     def offer(kind: str, value: Any) -> bool:
         while not left.is_set():
@@ -34,8 +45,7 @@ def ahead(items: Generator[Item], depth: int) -> Generator[Item]:
 
     def produce() -> None:
         try:
-            if device is not None:
-                torch.cuda.set_device(device)  # a new thread begins on the first GPU
+            choose_device()
             try:
                 for item in items:
                     if not offer("item", item):

@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tailcache.storage.alignment import next_tokens, segment_ids, target_positions
-from tailcache.storage.blocks import Block, read_block
+from tailcache.storage.blocks import TargetRows, read_block
 from tailcache.storage.codec import OPTIONAL
 from tailcache.storage.errors import NotFoundError
 from tailcache.trainers.terms import TeacherTerms
@@ -175,6 +175,7 @@ class CacheRows(Dataset[RowTargets]):
     def _decode(self, chosen: NDArray[np.int64]) -> list[RowTargets]:
         self.num_decoded += 1
         block = read_block(self.teacher, chosen, optional=self.optional)
+        targets = self.teacher.decode(block.stored)
         decoded = []
         for i in block.chosen.tolist():
             row = block.rows.slice(i, i + 1)
@@ -183,7 +184,7 @@ class CacheRows(Dataset[RowTargets]):
                     tokens=row.tokens,
                     document_start=row.document_start,
                     supervised=row.supervised,
-                    targets=block.targets[int(block.target_offsets[i]) : int(block.target_offsets[i + 1])],
+                    targets=targets[int(block.target_offsets[i]) : int(block.target_offsets[i + 1])],
                     row=int(row.row_indices[0]),
                 )
             )
@@ -264,7 +265,7 @@ def collate(rows: Sequence[RowTargets], *, layout: Layout = "rows", pad_to_multi
     )
 
 
-def collate_block(block: Block, *, layout: Layout = "rows", pad_to_multiple_of: int = 1) -> Batch:
+def collate_block(block: TargetRows, *, layout: Layout = "rows", pad_to_multiple_of: int = 1) -> Batch:
     """The same batch of rows that lie in arrays already; nothing is done row by row.
 
     Args:

@@ -10,9 +10,10 @@ together takes the next rows of it, so the state is one number, the same on ever
 with any number of processes and workers, and any batch size: every row is seen exactly once per epoch. Rows that are
 held out are not in it.
 
-**Who reads.** Without workers, threads of this process read and decode the next window of blocks while the present one
+**Who reads.** Without workers, threads of this process read the next window of blocks while the present one
 is consumed. With workers, each of them reads every n-th block of those that this process needs and hands it over in
-shared memory. In both cases batches are cut out of the window here, by a thread that is a few batches ahead.
+shared memory. In both cases batches are cut out of the window and decoded here, by threads that are a few batches
+ahead.
 
 **accelerate.** The loader gives each process its own rows already. It says so by the mark that accelerate leaves on
 loaders it has prepared, so ``Accelerator.prepare`` returns it as it is and shards nothing again; batches are to be
@@ -24,6 +25,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Collection, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -31,11 +33,11 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
-from tailcache.storage.blocks import Block, walk
+from tailcache.storage.blocks import Cut, TargetRows, walk
 from tailcache.storage.codec import OPTIONAL
 from tailcache.storage.errors import ConfigError, MismatchError
 from tailcache.storage.shares import Ends, Stage
-from tailcache.trainers.ahead import ahead
+from tailcache.trainers.ahead import ahead, on_device
 from tailcache.trainers.block_sources import NeededBlocks, Share, Threads, Workers
 
 if TYPE_CHECKING:
@@ -47,7 +49,8 @@ BLOCK_POSITIONS = 32_768
 """Four inner chunks of the store: a block's ends cut chunks that are decoded again with its neighbours."""
 WINDOW_BLOCKS = 8
 _STATE_VERSION = 1
-_BATCHES_AHEAD = 2
+_MAKING_THREADS = 2
+_BATCHES_AHEAD = 3
 
 
 def loader_block_rows(teacher: Teacher) -> int:
@@ -55,7 +58,7 @@ def loader_block_rows(teacher: Teacher) -> int:
     return max(1, round(BLOCK_POSITIONS * teacher.corpus.num_rows / max(1, teacher.corpus.num_targets)))
 
 
-def as_tensors(block: Block) -> dict[str, torch.Tensor]:
+def as_tensors(rows: TargetRows) -> dict[str, torch.Tensor]:
     """The default batch: R rows with their N tokens and T target positions, as tensors, without a copy.
 
     Returns:
@@ -63,7 +66,7 @@ def as_tensors(block: Block) -> dict[str, torch.Tensor]:
       target_offsets [R + 1] into the targets; tokens, document_start and supervised [N]; and the fields of ``Targets``,
       [T, ...], the optional ones where they were read.
     """
-    arrays = {**vars(block.rows), **vars(block.targets), "target_offsets": block.target_offsets}
+    arrays = {**vars(rows.rows), **vars(rows.targets), "target_offsets": rows.target_offsets}
     absent = {name for name in OPTIONAL if arrays[name].shape[1] == 0}
     absent |= {"held_out"} | ({"hidden_scale"} if "hidden" in absent else set())
     return {name: torch.from_numpy(values) for name, values in arrays.items() if name not in absent}
@@ -89,7 +92,7 @@ class CacheLoader(DataLoader[Any]):
         rows: NDArray[np.int64] | None = None,
         split: Literal["train", "held-out"] = "train",
         optional: Collection[str] = (),
-        collate: Callable[[Block], Any] = as_tensors,
+        collate: Callable[[TargetRows], Any] = as_tensors,
         ends: Ends = "even",
         window_blocks: int = WINDOW_BLOCKS,
         block_rows: int | None = None,
@@ -111,7 +114,7 @@ class CacheLoader(DataLoader[Any]):
           rows: corpus rows to visit; by default all of the split.
           split: what the rows must belong to, so that held-out rows never appear in training.
           optional: the optional fields of the cache that are wanted (``log_z_tail``, ``hidden``).
-          collate: makes a batch of rows; called in a thread of this process.
+          collate: makes a batch of rows; called by several threads of this process.
           ends: what becomes of the rows that do not fill a last step of all processes. "even": they are shared out, and
             a process for which there is none left gets a row without any target, so that all make equally many steps
             and every row counts once. "short": there is no such step, so processes may differ by one. "drop": nobody
@@ -249,28 +252,37 @@ class CacheLoader(DataLoader[Any]):
         self._blocks.begin(self.epoch, start)
         # Workers are started here, before there is any thread that a fork could catch at the wrong moment.
         source = Workers(super().__iter__()) if self.num_workers else None
-        steps = ahead(self._assembled(self._share.stages(self.epoch, start), source), _BATCHES_AHEAD)
+        steps = ahead(self._begun(self._share.stages(self.epoch, start), source), _BATCHES_AHEAD)
         try:
             while True:
                 began = time.perf_counter()
                 step = next(steps, None)
+                batch = None if step is None else step[0].result()
                 self.waited_s += time.perf_counter() - began
                 if step is None:
                     break
-                batch, self._taken = step
+                self._taken = step[1]
                 yield batch
         finally:
             steps.close()
         self.epoch, self._taken = self.epoch + 1, 0
 
-    def _assembled(self, stages: Iterator[Stage], source: Workers | None) -> Generator[tuple[Any, int]]:
+    def _begun(self, stages: Iterator[Stage], source: Workers | None) -> Generator[tuple[Future[Any], int]]:
+        """Each step's batch as it is being made, and how many rows of the order have been taken with it."""
         reading = source or Threads(self._blocks.read)
+        making = ThreadPoolExecutor(_MAKING_THREADS, "tailcache-batches", initializer=on_device())
+        left = True
         try:
-            for block, taken in walk(stages, reading.announce, reading.get, reading.keep_up):
-                batch = self.collate(block)
-                yield (_pinned(batch) if self._pin else batch), taken
+            for cut in walk(stages, reading.announce, reading.get, reading.keep_up):
+                yield making.submit(self._made, cut), cut.end
+            left = False
         finally:
             reading.close()
+            making.shutdown(wait=True, cancel_futures=left)
+
+    def _made(self, cut: Cut) -> Any:
+        batch = self.collate(cut.made(self.teacher.decode))
+        return _pinned(batch) if self._pin else batch
 
 
 def _as_it_is(item: Any) -> Any:

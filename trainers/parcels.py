@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tailcache.storage.blocks import Block
-from tailcache.storage.codec import Targets
 from tailcache.storage.corpus import Rows
 
 __all__ = ["Parcel", "pack", "shared", "unpack"]
@@ -22,16 +21,19 @@ __all__ = ["Parcel", "pack", "shared", "unpack"]
 _ALIGNMENT = 64
 
 
+Entry = tuple[str, str, tuple[int, ...], bool, int]
+
+
 @dataclass(frozen=True)
 class Parcel:
     """The arrays of a block.
 
     Attributes:
-      entries: name, element type, shape and first byte of each.
+      entries: name, element type, shape, whether it lies column by column, and first byte of each.
       data: [bytes] uint8, shared.
     """
 
-    entries: list[tuple[str, str, tuple[int, ...], int]]
+    entries: list[Entry]
     data: Tensor
 
 
@@ -39,13 +41,15 @@ def pack(block: Block) -> Parcel:
     """Copy a block into shared memory."""
     arrays: dict[str, NDArray[Any]] = {
         **{f"rows.{name}": values for name, values in vars(block.rows).items()},
-        **{f"targets.{name}": values for name, values in vars(block.targets).items()},
+        **{f"stored.{name}": values for name, values in block.stored.items()},
         "block.target_offsets": block.target_offsets,
         "block.chosen": block.chosen,
     }
-    entries, size = [], 0
+    entries: list[Entry] = []
+    size = 0
     for name, values in arrays.items():
-        entries.append((name, values.dtype.str, values.shape, size))
+        by_column = values.ndim > 1 and values.flags.f_contiguous
+        entries.append((name, values.dtype.str, values.shape, by_column, size))
         size += -(-values.nbytes // _ALIGNMENT) * _ALIGNMENT
     data = shared(torch.empty(size, dtype=torch.uint8))
     for entry, values in zip(entries, arrays.values(), strict=True):
@@ -55,11 +59,11 @@ def pack(block: Block) -> Parcel:
 
 def unpack(parcel: Parcel) -> Block:
     """The block in a parcel; its arrays lie in the parcel's memory."""
-    parts: dict[str, dict[str, Any]] = {"rows": {}, "targets": {}, "block": {}}
+    parts: dict[str, dict[str, Any]] = {"rows": {}, "stored": {}, "block": {}}
     for entry in parcel.entries:
         part, name = entry[0].split(".")
         parts[part][name] = _view(parcel.data, entry)
-    return Block(rows=Rows(**parts["rows"]), targets=Targets(**parts["targets"]), **parts["block"])
+    return Block(rows=Rows(**parts["rows"]), stored=parts["stored"], **parts["block"])
 
 
 def shared(tensor: Tensor) -> Tensor:
@@ -68,7 +72,6 @@ def shared(tensor: Tensor) -> Tensor:
     return moved
 
 
-def _view(data: Tensor, entry: tuple[str, str, tuple[int, ...], int]) -> NDArray[Any]:
-    _, dtype, shape, first = entry
-    count = int(np.prod(shape, dtype=np.int64))
-    return np.frombuffer(data.numpy(), np.dtype(dtype), count, first).reshape(shape)
+def _view(data: Tensor, entry: Entry) -> NDArray[Any]:
+    _, dtype, shape, by_column, first = entry
+    return np.ndarray(shape, np.dtype(dtype), data.numpy(), first, order="F" if by_column else "C")
