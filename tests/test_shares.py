@@ -29,6 +29,7 @@ def all_rows(order: EpochOrder) -> list[int]:
     return [row for window in order.windows() for row in rows_of(order, window.visits, window.places)]
 
 
+@settings(deadline=None)
 @given(orders, st.integers(0, 400))
 def test_an_order_has_every_row_once_and_can_be_entered_anywhere(order: EpochOrder, first_row: int) -> None:
     found = all_rows(order)
@@ -42,6 +43,7 @@ def test_an_order_has_every_row_once_and_can_be_entered_anywhere(order: EpochOrd
     assert later == found[windows[0].first :]
 
 
+@settings(deadline=None)
 @given(orders)
 def test_version_1_is_the_order_of_shuffled_rows(order: EpochOrder) -> None:
     sizes = {name: getattr(order, name) for name in ("seed", "epoch", "block_rows", "window_blocks")}
@@ -61,6 +63,7 @@ def test_the_order_of_version_2_stays() -> None:
     assert all_rows(order) == [7, 5, 11, 6, 4, 10, 8, 0, 3, 9, 1, 2]
 
 
+@settings(deadline=None)
 @given(orders.filter(lambda order: order.version == 2))
 def test_any_run_of_rows_is_from_as_many_blocks_as_the_window_has(order: EpochOrder) -> None:
     for window in order.windows():
@@ -70,7 +73,7 @@ def test_any_run_of_rows_is_from_as_many_blocks_as_the_window_has(order: EpochOr
         assert (np.sort(rounds, axis=1) == np.unique(window.visits)).all()
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(
     orders,
     st.lists(st.tuples(st.integers(1, 9), st.integers(1, 20), st.integers(0, 6)), min_size=1, max_size=4),
@@ -104,6 +107,7 @@ def test_every_row_once_whatever_the_processes(
     assert start == order.num_rows
 
 
+@settings(deadline=None)
 @given(orders, st.integers(1, 9), st.integers(1, 20))
 def test_dropped_ends_are_less_than_a_step(order: EpochOrder, world_size: int, batch_rows: int) -> None:
     seen: list[int] = []
