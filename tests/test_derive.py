@@ -294,7 +294,7 @@ def test_teachers_captured_over_parts_are_merged(tmp_path: Path) -> None:
     found = _derive(tmp_path, "whole", "--merge", str(tmp_path / "a"), source="b")
     assert found.corpus.hash == corpus.hash
     whole = make_exact(corpus, logits_TV=logits)
-    np.testing.assert_allclose(_all(found).log_tail, whole.targets.log_tail, rtol=1e-4)
+    np.testing.assert_allclose(_all(found).log_tail, whole.targets.log_tail, atol=1e-3)
     total = sum(tail_sum for _, tail_sum in whole.shards)
     np.testing.assert_allclose(found.mean_tail, total / np.sum(total), rtol=1e-5)
     assert found.manifest["provenance"]["derived"][-1]["mean_tail"] == "exact"
