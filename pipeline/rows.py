@@ -90,6 +90,7 @@ def capture_rows(
     hidden: HiddenLayout | None = None,
     batch_positions: int,
     head_positions: int | None = None,
+    numbers: NDArray[np.int64] | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> tuple[Targets, NDArray[np.float64]]:
     """The teacher's targets for all target positions of some rows.
@@ -105,6 +106,8 @@ def capture_rows(
       hidden: how to keep the hidden states; none: not at all.
       batch_positions: positions of a batch at most.
       head_positions: positions whose logits exist at a time.
+      numbers: [T] index, over the whole corpus, of each target, where rows do not follow one another; instead of
+        ``first_target``.
       progress: called with the number of positions done, batch by batch.
 
     Returns:
@@ -125,7 +128,8 @@ def capture_rows(
         if hidden is not None:
             records.fill_hidden(batch.target, hidden_TD, hidden.kind)
         next_T = torch.from_numpy(batch.next_token).to(device)
-        uniforms_T = torch.from_numpy(uniforms(key, batch.target + first_target)).to(device)
+        number = batch.target + first_target if numbers is None else numbers[batch.target]
+        uniforms_T = torch.from_numpy(uniforms(key, number)).to(device)
         for a in range(0, len(next_T), matmul):
             logits_TV = teacher.logits(hidden_TD[a : a + matmul])
             if tail_sum_V is None:

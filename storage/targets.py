@@ -41,7 +41,7 @@ from tailcache.storage.layout import Layout, check_name, check_temperatures, com
 from tailcache.storage.place import Claim
 from tailcache.storage.sealed import seal, unseal
 
-__all__ = ["Targets", "TargetsWriter", "plan_layout"]
+__all__ = ["Targets", "TargetsWriter", "differences", "plan_layout"]
 
 _PAUSES = (0.05, 3.0)
 """Seconds between two looks at what other processes do: at first, and at most."""
@@ -212,11 +212,11 @@ class TargetsWriter:
                 f"version continues only what has format version {self.layout.format_version}. Finish it with {by}, "
                 "or delete it and capture again"
             )
-        differences = _differences("", stored, self._identity)
-        if differences:
+        found = differences("", stored, self._identity)
+        if found:
             raise MismatchError(
                 f"{self.place}: a capture of this name exists, made with other settings: "
-                + "; ".join(f"{field}: stored {a!r}, asked for {b!r}" for field, a, b in differences[:8])
+                + "; ".join(f"{field}: stored {a!r}, asked for {b!r}" for field, a, b in found[:8])
                 + ". Give the new capture another --name, or use the stored settings to continue this one"
             )
         self._codec = load_codec(self.place, self.layout, manifest["files"])
@@ -474,11 +474,12 @@ class TargetsWriter:
         self.close()
 
 
-def _differences(where: str, stored: Any, asked: Any) -> list[tuple[str, Any, Any]]:
+def differences(where: str, stored: Any, asked: Any) -> list[tuple[str, Any, Any]]:
+    """Where two JSON values differ: the place, and what each has there."""
     if isinstance(stored, dict) and isinstance(asked, dict):
         return [
             difference
             for key in sorted(stored.keys() | asked.keys())
-            for difference in _differences(f"{where}.{key}" if where else key, stored.get(key), asked.get(key))
+            for difference in differences(f"{where}.{key}" if where else key, stored.get(key), asked.get(key))
         ]
     return [] if stored == asked else [(where, stored, asked)]

@@ -1,37 +1,56 @@
-"""Read every byte of a cache, recompute every checksum and invariant, and list all that is wrong.
+"""Look at every file of a cache and list all that is wrong: by records and sizes alone, or byte by byte.
 
 Checksums form a chain with sealed records at its ends: the corpus' manifest names the hash of ``checksums.json``,
 which names the hash of every other file; a teacher's manifest names the metadata and constants, each commit record its
 shard's objects, and ``complete.json`` all commit records. Every file of a cache is covered by exactly one of them, and
-a file that none of them knows is reported too. Then the values are decoded and checked against each other.
+a file that none of them knows is reported too. ``full`` reads all of it, then decodes the values and checks them
+against each other; ``fast`` reads the records, all metadata, and the size of everything else.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
 
-import numpy as np
-
-from tailcache.storage import durable
-from tailcache.storage.alignment import supervise_next
-from tailcache.storage.commits import MANIFEST_COPY, commit_chain, tail_sum_path
-from tailcache.storage.corpus import Corpus
-from tailcache.storage.errors import NotFoundError, StorageError, TailcacheError
+from tailcache.storage.commits import MANIFEST_COPY, committed_shards, tail_sum_path
+from tailcache.storage.corpus import Corpus, corpus_arrays
+from tailcache.storage.durable import TEMPORARY
+from tailcache.storage.errors import ConfigError, NotFoundError, StorageError, TailcacheError
 from tailcache.storage.layout import Layout, commit_path
+from tailcache.storage.limits import MAX_COMMIT, MAX_MANIFEST
 from tailcache.storage.place import Location, Place, open_place
 from tailcache.storage.reader import Teacher
-from tailcache.storage.sealed import MAX_BYTES, canonical, unseal
+from tailcache.storage.records import (
+    Commit,
+    Complete,
+    CorpusManifest,
+    Manifest,
+    parse_checksums,
+    parse_commit,
+    parse_complete,
+    parse_corpus_manifest,
+    parse_manifest,
+)
+from tailcache.storage.sealed import MAX_BYTES
+from tailcache.storage.verify_corpus import corpus_problems
 from tailcache.storage.verify_targets import teacher_problems
 
-__all__ = ["Fault", "Level", "verify"]
+__all__ = ["QUARANTINE", "Fault", "Level", "TeacherState", "Verification", "inspect", "verify"]
 
 Level = Literal["fast", "full"]
-
-_READ = 1 << 22
-_BLOCK_TOKENS = 1 << 20
+QUARANTINE = "quarantine"
+"""The folder of a cache that holds what repair has put aside; it is no part of the cache."""
+_PIECE = 32 << 20
+_TOGETHER = 64  # commit records that are fetched at once
+_OF_CORPUS = (
+    "restore it from a copy; or prepare the same source with the same settings elsewhere and copy the file: if the "
+    "content hash of the two corpora is the same, so is the file"
+)
+_REPAIR = "run `tailcache verify --repair --teacher …` with the teacher, or restore it from a copy"
+_RECORDS = "run `tailcache verify --repair`, or restore it from a copy"
+_STRAY = "run `tailcache verify --repair` to move it to quarantine, or delete it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,304 +63,373 @@ class Fault:
     """What was expected and what was found."""
     shard: int | None = None
     field: str | None = None
+    remedy: str = ""
+    """What to do about it."""
+
+    @property
+    def teacher(self) -> str | None:
+        """Whose file it is; none for the corpus' files and strays."""
+        parts = self.path.split("/")
+        return parts[1] if parts[0] == "teachers" and len(parts) > 2 else None
 
     def __str__(self) -> str:
         place = "".join(
             [f", shard {self.shard}" if self.shard is not None else "", f", field {self.field}" if self.field else ""]
         )
-        return f"{self.path}{place}: {self.problem}"
+        return f"{self.path}{place}: {self.problem}" + (f"; {self.remedy}" if self.remedy else "")
+
+
+@dataclass(kw_only=True)
+class TeacherState:
+    """How far a teacher's capture has come, as its records say."""
+
+    name: str
+    complete: bool = False
+    shards: int = 0
+    """Of the whole capture; 0 where no manifest can be read."""
+    committed: int = 0
+    positions: int = 0
+    """Of committed shards whose record is good."""
+
+
+@dataclass(kw_only=True)
+class Verification:
+    """What was looked at, and what is wrong."""
+
+    cache: str
+    level: Level
+    faults: list[Fault] = field(default_factory=list)
+    teachers: list[TeacherState] = field(default_factory=list)
+    files: int = 0
+    """All files of the cache, but those in quarantine."""
+    bytes: int = 0
+    """Of these files."""
+    bytes_read: int = 0
+
+    def report(self) -> dict[str, Any]:
+        """As JSON values; docs/format.md has the schema."""
+        return {
+            "format": "tailcache verification",
+            "format_version": 1,
+            "cache": self.cache,
+            "level": self.level,
+            "good": not self.faults,
+            "counts": {
+                "files": self.files,
+                "bytes": self.bytes,
+                "bytes_read": self.bytes_read,
+                "teachers": len(self.teachers),
+                "shards": sum(state.committed for state in self.teachers),
+                "positions": sum(state.positions for state in self.teachers),
+                "faults": len(self.faults),
+            },
+            "teachers": [asdict(state) for state in self.teachers],
+            "faults": [{**asdict(fault), "teacher": fault.teacher} for fault in self.faults],
+        }
 
 
 def verify(
     location: Location | Place, *, level: Level = "full", progress: Callable[[int], object] | None = None
 ) -> list[Fault]:
+    """All faults of a cache, none where it is good; see ``inspect``."""
+    return inspect(location, level=level, progress=progress).faults
+
+
+def inspect(
+    location: Location | Place, *, level: Level = "full", progress: Callable[[int], object] | None = None
+) -> Verification:
     """Verify a whole cache.
 
     Args:
-      location: the path or URL of the cache.
-      level: "full" reads every byte and decodes every value; "fast" reads the records only, and compares which files
-        there are, and the sizes of the shards' objects, with what the records say.
-      progress: called with the number of bytes read, file by file.
+      location: of the cache.
+      level: fast: records, metadata and sizes; full: every byte and every value.
+      progress: called with the number of bytes read, piece by piece.
 
     Returns:
-      All faults found, none where the cache is good. An unfinished capture is a fault of its own kind only where
-      shards it has committed are damaged; that it is unfinished is not a fault.
+      All faults found, and what was looked at. That a capture is unfinished is not a fault; damage in what it has
+      committed is.
 
     Raises:
       NotFoundError: there is no cache at all.
-      StorageError: the place cannot be listed.
+      ConfigError: no such level.
+
+    Cost: one listing of the cache; fast: a small file per shard; full: all bytes, and decoding them.
     """
-    place = open_place(location).uncached()
-    if "corpus" not in place.folders():
-        raise NotFoundError(f"{place}: expected a cache with a folder 'corpus', found none")
-    check = _Check(place, level, progress or (lambda _: None))
+    if level not in get_args(Level):
+        raise ConfigError(f"level: expected {' or '.join(get_args(Level))}, found {level!r}")
+    check = _Check(open_place(location).uncached(), level, progress or (lambda _: None))
     check.corpus()
-    for name in place.folders("teachers"):
+    for name in check.place.folders("teachers"):
         check.teacher(name)
     check.unknown_files()
-    return check.faults
+    return check.found
 
 
 class _Check:
-    """Names are relative to the cache, with "/" between their parts."""
-
     def __init__(self, place: Place, level: Level, progress: Callable[[int], object]) -> None:
-        self.place, self.level, self.progress = place, level, progress
-        self.faults: list[Fault] = []
-        self._sizes = dict(place.files())
+        self.place, self._progress = place, progress
+        if "corpus" not in place.folders():
+            raise NotFoundError(f"{place}: expected a cache with a folder 'corpus', found none")
+        self._full = level == "full"
+        self._sizes = {name: size for name, size in place.files() if not name.startswith(f"{QUARANTINE}/")}
+        self.found = Verification(
+            cache=str(place), level=level, files=len(self._sizes), bytes=sum(self._sizes.values())
+        )
         self._known: set[str] = set()
         self._hashes: dict[str, str | OSError] = {}
+        self._fetched: dict[str, bytes | Exception] = {}
+        self._corpus_record: CorpusManifest | None = None
         self._corpus: Corpus | None = None
 
-    def _fault(self, name: str, problem: str, shard: int | None = None, field: str | None = None) -> None:
-        self.faults.append(Fault(path=name, problem=problem, shard=shard, field=field))
+    def _fault(
+        self, path: str, problem: str, remedy: str, *, shard: int | None = None, field: str | None = None
+    ) -> None:
+        self.found.faults.append(Fault(path=path, problem=problem, shard=shard, field=field, remedy=remedy))
 
-    def _know_all(self, start: str) -> None:
-        self._known.update(name for name in self._sizes if name.startswith(start))
+    def _count(self, size: int) -> None:
+        self.found.bytes_read += size
+        self._progress(size)
 
     # -- bytes -------------------------------------------------------------------------------------------------
 
-    def _hash(self, name: str) -> str | OSError:
+    def _hash(self, path: str) -> str | OSError:
         """The hash of a file's bytes, or why it cannot be read."""
-        digest, size = hashlib.sha256(), self._sizes[name]
+        digest, size = hashlib.sha256(), self._sizes[path]
         try:
-            for first in range(0, size, _READ):
-                [piece] = self.place.read_ranges(name, [(first, min(first + _READ, size))])
+            for first in range(0, size, _PIECE):
+                (piece,) = self.place.read_ranges(path, [(first, min(first + _PIECE, size))])
                 digest.update(piece)
-                self.progress(len(piece))
+                self._count(len(piece))
         except OSError as error:
             self._pass_on(error)
             return error
         return digest.hexdigest()
 
-    def _read_ahead(self, names: Iterable[str]) -> None:
+    def _read_ahead(self, paths: Iterable[str]) -> None:
         """Hash files that are about to be matched; several at once, where that is quicker."""
-        if self.level == "full":
-            there = [name for name in names if name in self._sizes]
-            self._hashes = dict(zip(there, self.place.map(self._hash, there), strict=True))
-
-    def _digest(self, name: str, shard: int | None, field: str | None) -> str | None:
-        found = self._hashes.pop(name, None)
-        if found is None:
-            found = self._hash(name)
-        if isinstance(found, OSError):
-            self._fault(name, f"cannot be read: {found.strerror or found}", shard, field)
-            return None
-        return found
-
-    def _match(
-        self, name: str, expected: str, shard: int | None = None, field: str | None = None, size: int | None = None
-    ) -> None:
-        """A file is there, has its size where that is on record, and its hash."""
-        self._known.add(name)
-        if name not in self._sizes:
-            self._fault(name, "missing", shard, field)
-        elif size is not None and self._sizes[name] != size:
-            self._fault(name, f"expected {size} bytes, found {self._sizes[name]}", shard, field)
-        elif self.level == "full":
-            found = self._digest(name, shard, field)
-            if found is not None and found != expected:
-                self._fault(name, f"its checksum does not match: stored {expected}, computed {found}", shard, field)
-
-    def _record(self, name: str, shard: int | None = None) -> tuple[dict[str, Any], str] | None:
-        """A sealed record and the hash of its bytes; none, with a fault, where it is damaged."""
-        self._known.add(name)
-        try:
-            data = self.place.read_limited(name, MAX_BYTES)
-            self.progress(len(data))
-            return unseal(data, name.rsplit("/", 1)[-1]), durable.sha256(data)
-        except FileNotFoundError:
-            self._fault(name, "missing", shard)
-        except (TailcacheError, OSError) as error:
-            self._pass_on(error)
-            self._fault(name, str(error), shard)
-        return None
+        there = [path for path in paths if path in self._sizes and (self._full or path.endswith(".json"))]
+        self._hashes = dict(zip(there, self.place.map(self._hash, there), strict=True))
 
     def _pass_on(self, error: Exception) -> None:
         """A file that a disk cannot read is damage; a store that does not answer says nothing of the file."""
         if isinstance(error, StorageError) and self.place.local is None:
             raise error
 
+    def _match(self, path: str, expected: str, remedy: str, *, size: int | None = None, **where: Any) -> None:
+        """Hold a file against its hash, or in a fast verification against what can be told without reading it."""
+        self._known.add(path)
+        found = self._sizes.get(path)
+        if found is None:
+            self._fault(path, "missing", remedy, **where)
+        elif size is not None and found != size:
+            self._fault(path, f"expected {size} bytes, found {found}", remedy, **where)
+        elif self._full or path.endswith(".json"):
+            computed = self._hashes.pop(path, None) or self._hash(path)
+            if isinstance(computed, OSError):
+                self._fault(path, f"cannot be read: {computed.strerror or computed}", remedy, **where)
+            elif computed != expected:
+                problem = f"its checksum does not match: stored {expected}, computed {computed}"
+                self._fault(path, problem, remedy, **where)
+        elif not found:
+            self._fault(path, "expected an object, found an empty file", remedy, **where)
+
+    def _record(self, path: str, limit: int, remedy: str, shard: int | None = None) -> bytes | None:
+        """The bytes of a record; none, with a fault, where it cannot be read."""
+        self._known.add(path)
+        found = self._fetched.pop(path, None) or self._fetch(path, limit)
+        if isinstance(found, FileNotFoundError):
+            self._fault(path, "missing", remedy, shard=shard)
+        elif isinstance(found, Exception):
+            self._fault(path, str(found), remedy, shard=shard)
+        else:
+            self._count(len(found))
+            return found
+        return None
+
+    def _fetch(self, path: str, limit: int = MAX_COMMIT) -> bytes | Exception:
+        try:
+            return self.place.read_limited(path, limit)
+        except (TailcacheError, OSError) as error:
+            self._pass_on(error)
+            return error
+
     # -- the corpus --------------------------------------------------------------------------------------------
 
     def corpus(self) -> None:
-        before = len(self.faults)
-        manifest = self._record("corpus/manifest.json")
-        checksums = self._record("corpus/checksums.json")
-        if manifest is not None and checksums is not None and checksums[1] != manifest[0].get("checksums"):
-            self._fault("corpus/checksums.json", "belongs to another manifest")
-        if checksums is not None:
-            self._read_ahead(f"corpus/{name}" for name in checksums[0]["files"])
-            for name, expected in sorted(checksums[0]["files"].items()):
-                self._match(f"corpus/{name}", expected, field=name.split("/")[0] if "/c/" in name else None)
-        if len(self.faults) > before or manifest is None:
+        before = len(self.found.faults)
+        record = self._record("corpus/manifest.json", MAX_MANIFEST, _OF_CORPUS)
+        listed = self._record("corpus/checksums.json", MAX_BYTES, _OF_CORPUS)
+        try:
+            if record is not None:
+                self._corpus_record = parse_corpus_manifest(record, "corpus/manifest.json")
+        except TailcacheError as error:
+            self._fault("corpus/manifest.json", str(error), _OF_CORPUS)
+        if self._corpus_record is None or listed is None:
+            return
+        try:
+            arrays = corpus_arrays(self._corpus_record.vocab_size)
+            checksums = parse_checksums(listed, "corpus/checksums.json", self._corpus_record, arrays)
+        except TailcacheError as error:
+            self._fault("corpus/checksums.json", str(error), _OF_CORPUS)
+            return
+        self._read_ahead(f"corpus/{name}" for name in checksums.files)
+        for name, expected in sorted(checksums.files.items()):
+            of = name.split("/")[0] if "/c/" in name else None
+            self._match(f"corpus/{name}", expected, _OF_CORPUS, field=of)
+        if len(self.found.faults) > before:
             return  # the values cannot be trusted, and what is damaged has been said
         try:
             self._corpus = Corpus(self.place)
-            for problem in _corpus_problems(self._corpus) if self.level == "full" else ():
-                self._fault("corpus", problem)
+            for problem in corpus_problems(self._corpus) if self._full else ():
+                self._fault("corpus", problem, _OF_CORPUS)
         except TailcacheError as error:
             self._pass_on(error)
-            self._fault("corpus", str(error))
+            self._fault("corpus", str(error), _OF_CORPUS)
 
     # -- a teacher ---------------------------------------------------------------------------------------------
 
     def teacher(self, name: str) -> None:
-        folder = f"teachers/{name}"
-        finished = f"{folder}/complete.json" in self._sizes
-        if f"{folder}/manifest.json" not in self._sizes:
-            if finished or any(file.startswith(f"{folder}/commits/") for file in self._sizes):
-                self._fault(f"{folder}/manifest.json", "missing, though shards are committed")
-            else:  # a capture that was killed before its first commit: nothing is there yet
-                self._know_all(f"{folder}/")
+        folder, before = f"teachers/{name}/", len(self.found.faults)
+        state = TeacherState(name=name, complete=folder + "complete.json" in self._sizes)
+        self.found.teachers.append(state)
+        manifest = self._manifest(folder)
+        if manifest is None:
+            self._known.update(path for path in self._sizes if path.startswith(folder))
             return
-        record = self._record(f"{folder}/manifest.json")
-        if record is None:
-            self._know_all(f"{folder}/")
-            return
-        manifest, seal = record
-        before = len(self.faults)
-        if self._corpus is not None and manifest["corpus_hash"] != self._corpus.hash:
-            self._fault(f"{folder}/manifest.json", "captured over another corpus than the one beside it")
-        self._read_ahead(f"{folder}/{file}" for file in manifest["files"])
-        for file, expected in sorted(manifest["files"].items()):
-            self._match(f"{folder}/{file}", expected)
+        layout = manifest.layout
+        state.shards = layout.num_shards
         try:
-            layout = Layout.from_attributes(manifest["layout"], "layout")
+            if self._corpus_record is not None:
+                manifest.check_corpus(self._corpus_record, name)
         except TailcacheError as error:
-            self._fault(f"{folder}/manifest.json", str(error))
-            return
-        if layout.format_version > 1:
-            self._match(f"{folder}/{MANIFEST_COPY}", seal)
-        complete = self._record(f"{folder}/complete.json") if finished else None
-        committed = self._commits(folder, layout, seal, finished=finished)
-        if complete is None:
-            self._unfinished(folder, layout, committed)
-            return
-        if complete[0]["manifest"] != seal:
-            self._fault(f"{folder}/complete.json", "belongs to another manifest")
-        for file, expected in complete[0]["files"].items():
-            self._match(f"{folder}/{file}", expected)
-        # Killed after its last record, before it tidied up: nobody reads these any more.
-        self._know_all(f"{folder}/partial/tail_sum-")
-        self._know_all(f"{folder}/claims/")
-        if len(committed) == layout.num_shards and (
-            commit_chain(self.place / folder, layout.num_shards) != complete[0]["commits"]
-        ):
-            self._fault(f"{folder}/complete.json", "the commit records are not those it was written over")
-        if len(self.faults) == before and self._corpus is not None and self.level == "full":
+            self._fault(folder + "manifest.json", str(error), "put the teacher back beside its own corpus")
+        self._read_ahead(folder + file for file in manifest.files)
+        for file, expected in sorted(manifest.files.items()):
+            self._match(folder + file, expected, _REPAIR)
+        complete = self._complete(folder, manifest) if state.complete else None
+        self._commits(folder, manifest, state, complete)
+        if state.complete:
+            # Killed after its last record, before it tidied up: nobody reads these any more.
+            self._know_below(folder, ("partial", "claims"))
+        else:
+            self._know_below(folder, ("partial", "claims", *layout.fields(), *layout.constants()))
+        if complete is not None and self._full and self._corpus is not None and len(self.found.faults) == before:
             self._values(name)
 
-    def _commits(self, folder: str, layout: Layout, seal: str, *, finished: bool) -> list[int]:
-        committed = []
-        for shard in range(layout.num_shards):
-            name = f"{folder}/{commit_path(shard)}"
-            if name in self._sizes:
-                committed.append(shard)
-            elif finished:
-                self._fault(name, "missing, though the capture was complete", shard)
-        for shard in committed:
-            name = f"{folder}/{commit_path(shard)}"
-            found = self._record(name, shard)
-            if found is None:
-                self._known.update(f"{folder}/{spec.object_path(shard)}" for spec in layout.fields().values())
+    def _manifest(self, folder: str) -> Manifest | None:
+        """The manifest, or its copy where it is damaged."""
+        path, copy = folder + "manifest.json", folder + MANIFEST_COPY
+        begun = {folder + "complete.json", folder + MANIFEST_COPY} & self._sizes.keys()
+        begun |= {name for name in self._sizes if name.startswith(folder + "commits/")}
+        if path not in self._sizes and not any(not name.endswith(MANIFEST_COPY) for name in begun):
+            return None  # a capture that was killed before it had a manifest: nothing is there yet
+        good: dict[str, bytes] = {}
+        found = None
+        for candidate in (path, copy):
+            if candidate == copy and found is not None and found.layout.format_version < 2:
+                break
+            if candidate == copy and found is None and copy not in self._sizes:
+                break  # of version 1, or gone too; that the manifest is damaged has been said
+            data = self._record(candidate, MAX_MANIFEST, _RECORDS)
+            if data is None:
                 continue
-            record, _ = found
-            if record["shard"] != shard or record["manifest"] != seal:
-                self._fault(name, "belongs to another shard or capture", shard)
-            if record["rows"] != list(layout.shard_rows(shard)):
-                self._fault(name, f"expected rows {layout.shard_rows(shard)}, found {record['rows']}", shard)
-            expected = {spec.object_path(shard) for spec in layout.fields().values()} if record["positions"] else set()
-            if set(record["files"]) != expected:
-                self._fault(name, f"expected objects {sorted(expected)}, found {sorted(record['files'])}", shard)
-            self._read_ahead(f"{folder}/{file}" for file in record["files"])
-            for file, entry in sorted(record["files"].items()):
-                self._match(f"{folder}/{file}", entry["sha256"], shard, file.split("/")[0], entry["bytes"])
-        return committed
-
-    def _unfinished(self, folder: str, layout: Layout, committed: list[int]) -> None:
-        """What an unfinished capture may leave: objects of shards at work, temporary files, claims, sums of tails."""
-        # Before version 2 the sum was a running one, and only the last one was kept.
-        for shard in committed if layout.format_version > 1 else committed[-1:]:
             try:
-                data = self.place.read_limited(f"{folder}/{commit_path(shard)}", MAX_BYTES)
-                self._match(f"{folder}/{tail_sum_path(shard)}", unseal(data, "commit")["tail_sum"], shard)
-            except (TailcacheError, FileNotFoundError):
-                pass  # said above
-        for name in (*layout.fields(), *layout.constants(), "partial", "claims"):
-            self._know_all(f"{folder}/{name}/")
+                parsed = parse_manifest(data, candidate)
+            except TailcacheError as error:
+                self._fault(candidate, str(error), _RECORDS)
+                continue
+            good[candidate] = data
+            found = found or parsed
+        if len(good) == 2 and good[path] != good[copy]:
+            self._fault(copy, "expected the same bytes as in manifest.json, found others", _RECORDS)
+        return found
+
+    def _complete(self, folder: str, manifest: Manifest) -> Complete | None:
+        path = folder + "complete.json"
+        data = self._record(path, MAX_COMMIT, _RECORDS)
+        if data is None:
+            return None
+        try:
+            complete = parse_complete(data, path, manifest)
+        except TailcacheError as error:
+            self._fault(path, str(error), _RECORDS)
+            self._know_below(folder, ("mean_tail", "mean_tail_copy"))
+            return None
+        late = _RECORDS if manifest.layout.format_version > 1 else "restore it from a copy, or capture again"
+        for file, expected in sorted(complete.files.items()):
+            self._match(folder + file, expected, late)
+        return complete
+
+    def _commits(self, folder: str, manifest: Manifest, state: TeacherState, complete: Complete | None) -> None:
+        layout = manifest.layout
+        committed = committed_shards(self.place / folder.rstrip("/"), layout)
+        state.committed = len(committed)
+        for shard in sorted(set(range(layout.num_shards)) - set(committed)) if state.complete else ():
+            path = folder + commit_path(shard)
+            self._fault(path, "missing, though the capture was complete", _REPAIR, shard=shard)
+            self._know_objects(folder, layout, shard)
+        chain = hashlib.sha256()
+        # Before version 2 the sum was a running one, and only the last one was kept.
+        summed = set(committed if layout.format_version > 1 else committed[-1:]) if not state.complete else set()
+        for number, shard in enumerate(committed):
+            if number % _TOGETHER == 0:
+                paths = [folder + commit_path(each) for each in committed[number : number + _TOGETHER]]
+                self._fetched = dict(zip(paths, self.place.map(self._fetch, paths), strict=True))
+            path = folder + commit_path(shard)
+            data = self._record(path, MAX_COMMIT, _REPAIR, shard)
+            if data is None:
+                self._know_objects(folder, layout, shard)
+                continue
+            chain.update(data)
+            try:
+                commit = parse_commit(data, path, shard, manifest)
+            except TailcacheError as error:
+                self._fault(path, str(error), _REPAIR, shard=shard)
+                self._know_objects(folder, layout, shard)
+                continue
+            state.positions += commit.positions
+            self._objects(folder, commit)
+            if shard in summed:
+                self._match(folder + tail_sum_path(shard), commit.tail_sum, _REPAIR, shard=shard)
+        if complete is not None and len(committed) == layout.num_shards and chain.hexdigest() != complete.commits:
+            problem = "the commit records are not those it was written over"
+            self._fault(folder + "complete.json", problem, _REPAIR)
+
+    def _objects(self, folder: str, commit: Commit) -> None:
+        self._read_ahead(folder + name for name in commit.files)
+        for name, entry in sorted(commit.files.items()):
+            self._match(
+                folder + name, entry.sha256, _REPAIR, size=entry.bytes, shard=commit.shard, field=name.split("/")[0]
+            )
+
+    def _know_objects(self, folder: str, layout: Layout, shard: int) -> None:
+        self._known.update(folder + spec.object_path(shard) for spec in layout.fields().values())
+
+    def _know_below(self, folder: str, names: Iterable[str]) -> None:
+        prefixes = tuple(f"{folder}{name}/" for name in names)
+        self._known.update(path for path in self._sizes if path.startswith(prefixes))
 
     def _values(self, name: str) -> None:
         assert self._corpus is not None
+        remedy = "the files are what was written, so the values were wrong then: capture again under another name"
         try:
             for shard, problem in teacher_problems(Teacher(self._corpus, name)):
-                self._fault(f"teachers/{name}", problem, shard)
+                self._fault(f"teachers/{name}", problem, remedy, shard=shard)
         except TailcacheError as error:
             self._pass_on(error)
-            self._fault(f"teachers/{name}", str(error))
+            self._fault(f"teachers/{name}", str(error), remedy)
 
     # -- what nobody knows -------------------------------------------------------------------------------------
 
     def unknown_files(self) -> None:
-        for name, size in self._sizes.items():
-            parts = name.split("/")
-            if name in self._known or any(part.endswith(durable.TEMPORARY) for part in parts):
+        for path, size in self._sizes.items():
+            parts = path.split("/")
+            if path in self._known or any(part.endswith(TEMPORARY) for part in parts):
                 continue
-            if parts[0] == "teachers" and len(parts) == 2 and name.endswith(".lock"):
-                if size:
-                    self._fault(name, f"expected an empty lock file, found {size} bytes")
+            if parts[0] == "teachers" and len(parts) == 2 and path.endswith(".lock"):
+                if size:  # of version 1
+                    self._fault(path, f"expected an empty lock file, found {size} bytes", _STRAY)
                 continue
             if self._corpus is None and parts[0] == "corpus":
                 continue  # without its list of checksums, all of the corpus' files are unknown
-            self._fault(name, "a file that no record of the cache knows")
-
-
-def _corpus_problems(corpus: Corpus) -> Iterator[str]:
-    """Recompute everything the manifest says of the corpus, a bounded block of rows at a time."""
-    digests = {name: hashlib.sha256() for name in ("tokens", "document_start", "supervised", "row_lengths", "held_out")}
-    counts = np.zeros(corpus.vocab_size, dtype=np.int64)
-    num_tokens = num_targets = 0
-    for first, last in _row_blocks(corpus):
-        rows = corpus.rows(first, last)
-        lengths = np.diff(rows.offsets)
-        if (lengths < 1).any():
-            yield f"rows [{first}, {last}): expected row offsets that increase"
-            return
-        if rows.tokens.size and (rows.tokens.min() < 0 or rows.tokens.max() >= corpus.vocab_size):
-            yield f"rows [{first}, {last}): a token id outside the vocabulary of {corpus.vocab_size}"
-            return
-        possible = supervise_next(np.ones(len(rows.tokens), np.bool_), rows.offsets, rows.document_start)
-        if (rows.supervised & ~possible).any():
-            yield f"rows [{first}, {last}): a supervised position whose next token is in another row or document"
-        targets = np.add.reduceat(rows.supervised.astype(np.int64), rows.offsets[:-1])
-        expected = num_targets + np.concatenate([[0], np.cumsum(targets)])
-        if (corpus.target_offsets(first, last) != expected).any():
-            yield f"rows [{first}, {last}): target_offsets are not the running count of supervised positions"
-        digests["tokens"].update(rows.tokens.astype("<u4").tobytes())
-        digests["document_start"].update(rows.document_start.tobytes())
-        digests["supervised"].update(rows.supervised.tobytes())
-        digests["row_lengths"].update(lengths.astype("<u8").tobytes())
-        digests["held_out"].update(rows.held_out.tobytes())
-        counts += np.bincount(rows.tokens, minlength=corpus.vocab_size)
-        num_tokens += len(rows.tokens)
-        num_targets += int(rows.supervised.sum())
-    parts = {name: digest.hexdigest() for name, digest in digests.items()}
-    for name, value in parts.items():
-        if corpus.manifest["content"].get(name) != value:
-            yield f"content hash of {name}: stored {corpus.manifest['content'].get(name)}, computed {value}"
-    total = durable.sha256(canonical({**parts, "vocab_size": corpus.vocab_size}))
-    if total != corpus.hash:
-        yield f"corpus hash: stored {corpus.hash}, computed {total}"
-    if (num_tokens, num_targets) != (corpus.num_tokens, corpus.num_targets):
-        yield (
-            f"expected {corpus.num_tokens} tokens and {corpus.num_targets} targets, found {num_tokens} and "
-            f"{num_targets}"
-        )
-    if (corpus.token_counts != counts).any():
-        yield "token_counts are not the counts of the tokens"
-
-
-def _row_blocks(corpus: Corpus) -> Iterator[tuple[int, int]]:
-    size = max(1, _BLOCK_TOKENS * corpus.num_rows // max(1, corpus.num_tokens))
-    for first in range(0, corpus.num_rows, size):
-        yield first, min(first + size, corpus.num_rows)
+            self._fault(path, "a file that no record of the cache knows", _STRAY)

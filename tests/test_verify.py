@@ -1,5 +1,6 @@
 """Verify finds every flipped, missing, exchanged and added byte, and nothing in a good cache."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,9 +10,10 @@ from faults import Killed, flip, killed_at, swap
 from places import cache_folder
 from storage_fixtures import Exact, corpus_next, make_corpus, make_exact, speed_up, tree
 
+from tailcache.scripts import cli
 from tailcache.storage.errors import NotFoundError
 from tailcache.storage.sealed import seal, unseal
-from tailcache.storage.verify import Fault, verify
+from tailcache.storage.verify import Fault, inspect, verify
 
 
 @pytest.fixture(autouse=True)
@@ -218,3 +220,84 @@ def test_unfinished_captures(tmp_path: Path) -> None:
 def test_no_cache_at_all(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="expected a cache with a folder 'corpus'"):
         verify(tmp_path)
+
+
+def test_a_fast_verification_reads_records_and_sizes(exact: Exact) -> None:
+    root = cache_folder(exact.corpus)
+    found, whole = inspect(root, level="fast"), inspect(root)
+    assert found.faults == whole.faults == []
+    assert (found.files, found.bytes) == (whole.files, whole.bytes) == (len(tree(root)), whole.bytes)
+    records = sum(len(data) for name, data in tree(root).items() if name.endswith(".json"))
+    assert found.bytes_read <= 2 * records < found.bytes
+    assert whole.bytes_read >= whole.bytes
+    assert not whole.report()["faults"]
+
+
+@pytest.mark.slow
+def test_what_a_fast_verification_finds(exact: Exact) -> None:
+    """Every file that is gone or of another size, and every changed record or zarr.json; not a flipped byte elsewhere."""
+    root = cache_folder(exact.corpus)
+    for name, data in tree(root).items():
+        (root / name).unlink()
+        found = names(verify(root, level="fast"))
+        assert name in found or name.endswith("complete.json"), f"{name} deleted"
+        if "teachers/" in name and "/c/" in name and name.split("/")[2] not in exact.layout.constants():
+            (root / name).write_bytes(data + b"x")
+            assert name in names(verify(root, level="fast")), f"{name} grown"
+        (root / name).write_bytes(b"")
+        assert name in names(verify(root, level="fast")), f"{name} emptied"
+        (root / name).write_bytes(data)
+        flip(root / name, len(data) // 2, 1)
+        assert (name in names(verify(root, level="fast"))) == name.endswith(".json") or "tokenizer" in name
+        (root / name).write_bytes(data)
+    assert verify(root, level="fast") == []
+
+
+def test_the_report_names_path_shard_field_and_remedy(exact: Exact, tmp_path: Path) -> None:
+    root = cache_folder(exact.corpus)
+    flip(root / "teachers/t/log_tail/c/1", 30)
+    (root / "note").write_bytes(b"x")
+    (root / "quarantine/teachers/t").mkdir(parents=True)
+    (root / "quarantine/teachers/t/anything").write_bytes(b"put aside")
+    out = tmp_path / "report.json"
+    assert cli.main(["verify", "--cache", str(root), "--json", str(out)]) == 1
+    report = json.loads(out.read_text())
+    assert (report["format"], report["format_version"]) == ("tailcache verification", 1)
+    assert (report["level"], report["good"], report["counts"]["faults"]) == ("full", False, 2)
+    assert report["counts"]["shards"] == exact.layout.num_shards
+    assert report["counts"]["positions"] == exact.corpus.num_targets
+    (teacher,) = report["teachers"]
+    assert teacher == {
+        "name": "t", "complete": True, "shards": exact.layout.num_shards, "committed": exact.layout.num_shards,
+        "positions": exact.corpus.num_targets,
+    }  # fmt: skip
+    damaged, stray = report["faults"]
+    assert (damaged["path"], damaged["teacher"]) == ("teachers/t/log_tail/c/1", "t")
+    assert (damaged["shard"], damaged["field"]) == (1, "log_tail")
+    assert "checksum" in damaged["problem"]
+    assert "verify --repair --teacher" in damaged["remedy"]
+    assert (stray["path"], stray["teacher"]) == ("note", None)
+    assert "quarantine" in stray["remedy"]
+    assert cli.main(["verify", "--cache", str(root), "--level", "fast", "--json", str(out)]) == 1
+    report = json.loads(out.read_text())
+    assert [fault["path"] for fault in report["faults"]] == ["note"]
+    (root / "note").unlink()
+    assert cli.main(["verify", "--cache", str(root), "--level", "fast", "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["good"]
+    assert cli.main(["verify", "--cache", str(root), "--level", "slow"]) == 2
+
+
+def test_a_damaged_manifest_hides_no_other_damage(exact: Exact) -> None:
+    """Its copy says what all else should be."""
+    root = cache_folder(exact.corpus)
+    folder = root / "teachers/t"
+    flip(folder / "log_target/c/0", 9)
+    for name in ("manifest.json", "manifest_copy.json"):
+        data = (folder / name).read_bytes()
+        for damage in (data[:-2], data.replace(b"a", b"b", 1), b"", None):
+            if damage is None:
+                (folder / name).unlink()
+            else:
+                (folder / name).write_bytes(damage)
+            assert names(verify(root)) == {f"teachers/t/{name}", "teachers/t/log_target/c/0"}
+            (folder / name).write_bytes(data)
