@@ -331,7 +331,7 @@ class _Comparison:
         stored, first, second = (np.sort(each, axis=1) for each in (stored_Nm, first_Nm, second_Nm))
         off, control = (stored != first).mean(axis=1), (second != first).mean(axis=1)
         allowed = np.full(len(off), 3 * control.mean() + _DRAWS)
-        wrong = (off > 0) & (control == 0) if off.mean() > allowed[0] else np.zeros(len(off), np.bool_)
+        wrong = (off > 0) & (control == 0) & (off.mean() > allowed)
         self._add("tail_samples", off, control, allowed, wrong)
 
 

@@ -235,7 +235,7 @@ def test_a_fast_verification_reads_records_and_sizes(exact: Exact) -> None:
 
 @pytest.mark.slow
 def test_what_a_fast_verification_finds(exact: Exact) -> None:
-    """Every file that is gone or of another size, and every changed record or zarr.json; not a flipped byte elsewhere."""
+    """Every file that is gone or of another size, and every changed record or zarr.json; no flipped byte elsewhere."""
     root = cache_folder(exact.corpus)
     for name, data in tree(root).items():
         (root / name).unlink()
@@ -253,13 +253,13 @@ def test_what_a_fast_verification_finds(exact: Exact) -> None:
     assert verify(root, level="fast") == []
 
 
-def test_the_report_names_path_shard_field_and_remedy(exact: Exact, tmp_path: Path) -> None:
+def test_the_report_names_path_shard_field_and_remedy(exact: Exact, tmp_path_factory: pytest.TempPathFactory) -> None:
     root = cache_folder(exact.corpus)
     flip(root / "teachers/t/log_tail/c/1", 30)
     (root / "note").write_bytes(b"x")
     (root / "quarantine/teachers/t").mkdir(parents=True)
     (root / "quarantine/teachers/t/anything").write_bytes(b"put aside")
-    out = tmp_path / "report.json"
+    out = tmp_path_factory.mktemp("out") / "report.json"
     assert cli.main(["verify", "--cache", str(root), "--json", str(out)]) == 1
     report = json.loads(out.read_text())
     assert (report["format"], report["format_version"]) == ("tailcache verification", 1)
