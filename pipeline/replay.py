@@ -282,7 +282,7 @@ class _Comparison:
             size = np.where(np.isfinite(first), 1 + np.abs(first), 1.0)
         off, control, coding = _apart(stored, first), _apart(second, first), _apart(coded, first)
         allowed = size * (_CODING * (coding / size).max() + _FLOOR) + _NOISE * noise
-        self._add(name, off, control, allowed, (off > allowed).any(axis=1))
+        self._add(name, off, control, allowed, np.asarray((off > allowed).any(axis=1)))
 
     def head_control(self, first: Targets, second: Targets) -> Float64:
         """[N, K] how far two live heads are apart at the tokens that both have."""
@@ -302,7 +302,7 @@ class _Comparison:
         found = self._of_tokens(stored, first.token_ids)
         missing = np.isnan(found)
         off = np.where(missing, 0.0, _apart(found, live))
-        self._add("logprobs", off, control, allowed, (off > allowed).any(axis=1))
+        self._add("logprobs", off, control, allowed, np.asarray((off > allowed).any(axis=1)))
         # A token that is not in the stored head must be as unlikely as the head's last one, and so the other way round.
         last = _sorted(stored.logprobs)[:, -1:]
         above = missing & (live > last + 2 * allowed)
