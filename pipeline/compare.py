@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,6 +100,8 @@ class Comparison:
 
     corpus_hash: str
     split: str
+    prefix_rows: int | None
+    """Only the first so many rows of the corpus, since some teacher's capture has not finished; none if all are."""
     rows: int
     """Rows that have a target position."""
     positions: int
@@ -133,23 +136,25 @@ def compare(config: CompareConfig, *, show_progress: bool = True) -> Comparison:
 
     Raises:
       NotFoundError: no such cache or teacher.
-      IncompleteError: a named teacher's capture has not finished, or no teacher's has.
+      IncompleteError: a named teacher's capture has not finished, or no teacher's has; see ``config.unfinished``.
       MismatchError: the two caches hold different corpora.
       DataError: no target position in the chosen rows.
       CorruptError: stored bytes are damaged.
     """
     cache = open_cache(config.cache)
-    chosen, left_out = _choose(cache, config.teachers)
+    choose = partial(_choose, config=config, show_progress=show_progress)
+    chosen, left_out = choose(cache, config.teachers)
     sources = [(config.cache, teacher) for teacher in chosen]
     if config.other_cache is not None:
         other = open_cache(config.other_cache)
         _check_same_corpus(cache.corpus, other.corpus)
-        chosen, also_left_out = _choose(other, config.other_teachers)
+        chosen, also_left_out = choose(other, config.other_teachers)
         sources += [(config.other_cache, teacher) for teacher in chosen]
         left_out += also_left_out
     teachers = _label(sources)
     corpus = cache.corpus
-    rows = _rows(corpus, config.split)
+    prefix = min(teacher.num_rows for _, teacher in teachers.values())
+    rows = _rows(corpus, config.split, prefix)
     total = _count_targets(corpus, rows)
     with tqdm(
         total=total, unit="pos", unit_scale=True, desc="compare", disable=not show_progress, dynamic_ncols=True
@@ -161,6 +166,7 @@ def compare(config: CompareConfig, *, show_progress: bool = True) -> Comparison:
     return Comparison(
         corpus_hash=corpus.hash,
         split=config.split,
+        prefix_rows=None if prefix == corpus.num_rows else prefix,
         rows=len(sums.sums_RM),
         positions=round(float(boot["positions"][0])),
         confidence=config.confidence,
@@ -179,14 +185,16 @@ def compare(config: CompareConfig, *, show_progress: bool = True) -> Comparison:
 # -- what to compare --------------------------------------------------------------------------------------------
 
 
-def _choose(cache: Cache, names: tuple[str, ...]) -> tuple[list[Teacher], list[str]]:
-    """The named teachers, or all that are finished and the names of those that are not."""
+def _choose(
+    cache: Cache, names: tuple[str, ...], config: CompareConfig, *, show_progress: bool
+) -> tuple[list[Teacher], list[str]]:
+    """The named teachers, or all that can be read and the names of those that cannot."""
     if names:
-        return [cache.teacher(name) for name in names], []
+        return [_open(cache, name, config, show_progress=show_progress) for name in names], []
     finished, unfinished = [], []
     for name in cache.teacher_names:
         try:
-            finished.append(cache.teacher(name))
+            finished.append(_open(cache, name, config, show_progress=show_progress))
         except IncompleteError:
             unfinished.append(name)
     if unfinished and not finished:
@@ -197,6 +205,19 @@ def _choose(cache: Cache, names: tuple[str, ...]) -> tuple[list[Teacher], list[s
     if not finished:
         raise NotFoundError(f"{cache.place}: expected a teacher, found none; make one with `tailcache capture`")
     return finished, unfinished
+
+
+def _open(cache: Cache, name: str, config: CompareConfig, *, show_progress: bool) -> Teacher:
+    hidden = not show_progress or config.unfinished != "wait"
+    with tqdm(unit="shard", desc=f"waiting for {name}", disable=hidden, leave=False) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total or None
+            bar.update(done - bar.n)
+            bar.refresh()
+
+        timeout_s = None if config.wait_minutes is None else 60 * config.wait_minutes
+        return cache.teacher(name, unfinished=config.unfinished, timeout_s=timeout_s, progress=show)
 
 
 def _label(sources: list[tuple[str | Path, Teacher]]) -> dict[str, tuple[str | Path, Teacher]]:
@@ -240,10 +261,12 @@ def _flat(record: Any, prefix: str) -> dict[str, Any]:
     return flat
 
 
-def _rows(corpus: Corpus, split: Literal["all", "held-out", "train"]) -> NDArray[np.int64]:
+def _rows(corpus: Corpus, split: Literal["all", "held-out", "train"], num_rows: int) -> NDArray[np.int64]:
+    """Those of the first so many rows that are on that side."""
     if split == "all":
-        return np.arange(corpus.num_rows)
+        return np.arange(num_rows)
     rows = corpus.held_out_rows() if split == "held-out" else corpus.train_rows()
+    rows = rows[: np.searchsorted(rows, num_rows)]
     if not len(rows):
         raise DataError(f"--split {split}: expected such rows in {corpus.place}, found none; use --split all")
     return rows

@@ -39,6 +39,8 @@ def comparison_text(comparison: Comparison) -> str:
         intervals,
         "",
     ]
+    if comparison.prefix_rows is not None:
+        lines[1:1] = [f"only the first {comparison.prefix_rows:,} rows: a capture has not finished"]
     lines += _aligned(_teacher_table(comparison))
     if comparison.pairs:
         lines += [*_aligned(_pair_table(comparison)), *_aligned(_kl_table(comparison))]

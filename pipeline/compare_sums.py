@@ -196,11 +196,11 @@ def _mean_tails_beyond(teacher: Teacher, smaller: list[int]) -> dict[int, NDArra
 
     The part beyond the stored K is taken from the stored mean tail.
     """
-    starts = np.arange(0, teacher.corpus.num_rows, teacher.block_rows)
+    starts = np.arange(0, teacher.num_rows, teacher.block_rows)
     starts = starts[np.unique(np.linspace(0, len(starts) - 1, _PRIOR_BLOCKS).round().astype(np.int64))]
     sums = {k: np.zeros(teacher.vocab_size) for k in smaller}
     for first in starts:
-        targets = teacher.rows(int(first), min(int(first) + teacher.block_rows, teacher.corpus.num_rows))
+        targets = teacher.rows(int(first), min(int(first) + teacher.block_rows, teacher.num_rows))
         for piece in _pieces(np.arange(len(targets)), teacher.top_k):
             p_TK = np.exp(targets.logprobs[piece].astype(np.float64))
             tail_T = np.exp(targets.log_tail[piece].astype(np.float64))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from tailcache.storage.errors import ConfigError
+from tailcache.storage.prefix import Unfinished
 
 __all__ = ["CaptureConfig", "CompareConfig", "PrepareConfig"]
 
@@ -243,6 +244,13 @@ class CompareConfig:
 
     other_teachers: tuple[str, ...] = ()
     """Which teachers of the second cache; all finished ones by default."""
+
+    unfinished: Unfinished = "refuse"
+    """Where a teacher's capture has not finished. refuse: an error. prefix: use the shards that are committed so far
+    without a gap, and of all teachers the rows that all of them have. wait: until it has."""
+
+    wait_minutes: float | None = None
+    """With --unfinished wait: give up after this many minutes; without, wait as long as it takes."""
 
     split: Literal["all", "held-out", "train"] = "all"
     """Which rows of the corpus."""

@@ -1,6 +1,7 @@
 """Open a cache and read it: ``open_cache(path)`` gives the corpus and the teachers. NumPy in, NumPy out.
 
-Opening reads a few small records and lists nothing but the names of the teachers. A shard's commit record is read
+Opening reads a few small records; nothing is listed but the names of the teachers, and the commit records of a capture
+that has not finished. A shard's commit record is read
 when the shard is first touched; its objects must have the sizes and the chunk checksums written there, and every chunk
 that is decoded must match its checksum. A damaged, missing or misplaced object is an error that names the shard and the
 field; it is never read as zeros.
@@ -8,9 +9,7 @@ field; it is never read as zeros.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,10 +26,11 @@ from tailcache.storage.hidden import StoredHead
 from tailcache.storage.layout import check_name, commit_path
 from tailcache.storage.limits import MAX_ARRAY_METADATA, MAX_COMMIT, MAX_MANIFEST, largest_object
 from tailcache.storage.objects import ChunkTable, read_array, read_index, read_object
-from tailcache.storage.order import shuffled_windows
 from tailcache.storage.place import Location, Place, open_place
+from tailcache.storage.prefix import Unfinished, prefix_hash, prefix_mean_tail, prefix_shards, wait_until_finished
 from tailcache.storage.recent import Recent
-from tailcache.storage.records import Commit, ObjectEntry, parse_commit, parse_complete, parse_manifest
+from tailcache.storage.records import Commit, Complete, ObjectEntry, parse_commit, parse_complete, parse_manifest
+from tailcache.storage.stream import stream_rows
 
 __all__ = ["Cache", "StoredHead", "Teacher", "open_cache"]
 
@@ -67,29 +67,60 @@ class Cache:
         teachers = self.place / "teachers"
         return [name for name in teachers.folders() if teachers.exists(f"{name}/manifest.json")]
 
-    def teacher(self, name: str) -> Teacher:
+    def teacher(
+        self,
+        name: str,
+        *,
+        unfinished: Unfinished = "refuse",
+        num_shards: int | None = None,
+        timeout_s: float | None = None,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> Teacher:
         """Open one teacher.
+
+        Args:
+          name: the teacher's.
+          unfinished: where its capture has not finished: "refuse" is an error; "prefix" opens the shards that are
+            committed without a gap, and goes on seeing these and no others; "wait" returns when it has finished.
+          num_shards: open the first so many shards as a prefix, whether the capture has finished or not.
+          timeout_s: seconds to wait at most; without, as long as it takes.
+          progress: called while waiting, with the number of shards committed without a gap, and of all (0 while that
+            is not known).
 
         Raises:
           NotFoundError: no teacher of that name.
-          IncompleteError: its capture has not finished.
+          IncompleteError: its capture has not finished, or not within the time; or there is no prefix yet.
           MismatchError: it was captured over another corpus.
           CorruptError: a record is damaged.
         """
-        return Teacher(self.corpus, name)
+        if unfinished == "wait" and num_shards is None:
+            place = self.place / "teachers" / check_name(name)
+
+            def total() -> int | None:
+                try:
+                    return Teacher(self.corpus, name, unfinished="prefix").layout.num_shards
+                except IncompleteError:
+                    return None
+
+            wait_until_finished(place, num_shards=total, timeout_s=timeout_s, progress=progress)
+        return Teacher(self.corpus, name, unfinished=unfinished, num_shards=num_shards)
 
 
 class Teacher:
-    """The finished targets of one teacher.
+    """The targets of one teacher: of a whole capture, or of its first shards.
 
     Attributes:
-      top_k, num_samples, vocab_size, num_targets: its sizes: K, m, V and T.
+      top_k, num_samples, vocab_size: its sizes: K, m and V.
+      num_shards, num_rows, num_targets: how many can be read; all of the corpus' where ``is_prefix`` is false.
+      is_prefix: only the first shards can be read; what is committed later is not seen.
       temperatures: of the columns of ``log_z_tail``; empty where that was not captured.
       hidden_kind, hidden_width: of ``hidden``: "bf16" or "int8", and D; "none" and 0 where that was not captured.
       optional: the optional fields that were captured; reading takes those that it is asked for.
     """
 
-    def __init__(self, corpus: Corpus, name: str) -> None:
+    def __init__(
+        self, corpus: Corpus, name: str, *, unfinished: Unfinished = "refuse", num_shards: int | None = None
+    ) -> None:
         self.name = check_name(name)
         self.corpus = corpus
         self.place = corpus.cache_place / "teachers" / name
@@ -97,16 +128,21 @@ class Teacher:
         self.record = parse_manifest(data, f"{self.place}/manifest.json")
         self.manifest, self.layout = self.record.values, self.record.layout
         self.record.check_corpus(corpus.record, str(self.place))
-        try:
-            data = self.place.read_limited("complete.json", MAX_COMMIT)
-        except FileNotFoundError:
+        self.complete = None if num_shards is not None else self._complete_record()
+        self.is_prefix = self.complete is None
+        if self.is_prefix and num_shards is None and unfinished != "prefix":
             raise IncompleteError(
-                f"{self.place}: its capture has not finished; run the same `tailcache capture` again to continue it"
-            ) from None
-        self.complete = parse_complete(data, f"{self.place}/complete.json", self.record)
-        self.hash = self.complete.seal
+                f"{self.place}: its capture has not finished; run the same `tailcache capture` again to continue it. "
+                "`--unfinished prefix` reads what is committed so far, `--unfinished wait` waits for the rest"
+            )
+        self.num_shards, self.num_targets = self.layout.num_shards, self.layout.num_positions
+        if self.is_prefix:
+            self.num_shards = prefix_shards(self.place, self.layout, num_shards)
+        self.num_rows = self.layout.shard_rows(self.num_shards - 1)[1]
+        if self.num_rows < corpus.num_rows:
+            self.num_targets = int(corpus.read("target_offsets", self.num_rows, self.num_rows + 1)[0])
         self.top_k, self.num_samples = self.layout.top_k, self.layout.num_samples
-        self.vocab_size, self.num_targets = self.layout.vocab_size, self.layout.num_positions
+        self.vocab_size = self.layout.vocab_size
         self.temperatures = self.layout.temperatures
         hidden = self.layout.hidden
         self.hidden_kind = "none" if hidden is None else hidden.kind
@@ -115,6 +151,23 @@ class Teacher:
         self.optional = tuple(name for name in OPTIONAL if name in self._fields)
         table_bytes = 1000 + next(iter(self._fields.values())).index_bytes
         self._tables: Recent[tuple[int, str], ChunkTable] = Recent(max(64, _TABLE_MEMORY // table_bytes))
+
+    def _complete_record(self) -> Complete | None:
+        try:
+            data = self.place.read_limited("complete.json", MAX_COMMIT)
+        except FileNotFoundError:
+            return None
+        return parse_complete(data, f"{self.place}/complete.json", self.record)
+
+    @cached_property
+    def hash(self) -> str:
+        """What identifies all that can be read: of a whole capture, the hash of its last record.
+
+        Cost: nothing more for a whole capture; for a prefix, its commit records are read.
+        """
+        if self.complete is not None:
+            return self.complete.seal
+        return prefix_hash(self.place, self.record.seal, self.num_shards)
 
     def _manifest_bytes(self) -> bytes:
         try:
@@ -143,8 +196,14 @@ class Teacher:
     def mean_tail(self) -> NDArray[np.float32]:
         """[V] float32, probability: the mean of the normalised tails over all positions; sums to 1.
 
-        All zeros where the tail is empty everywhere (K = V).
+        All zeros where the tail is empty everywhere (K = V). Of a prefix, the mean over its own positions, which is
+        there for as long as the capture has not finished.
+
+        Raises:
+          IncompleteError: of a prefix whose capture has finished meanwhile.
         """
+        if self.is_prefix:
+            return prefix_mean_tail(self.place, self.layout, self.num_shards, lambda shard: self.commit(shard).tail_sum)
         mean: NDArray[np.float32] = self._constant("mean_tail")
         return mean
 
@@ -174,7 +233,7 @@ class Teacher:
     def _constant(self, name: str) -> NDArray[Any]:
         """A constant of any number of objects, each against its hash; one object at a time beside the result."""
         spec, length = self.layout.constants()[name], self.layout.constant_length(name)
-        known = {**self.record.files, **self.complete.files}
+        known = {**self.record.files, **(self.complete.files if self.complete else {})}
         self.place.read_checked(f"{name}/zarr.json", known[f"{name}/zarr.json"], MAX_ARRAY_METADATA)
         for file in map(spec.object_path, range(spec.num_objects(length))):
             self.place.read_checked(file, known[file], largest_object(spec))
@@ -194,9 +253,26 @@ class Teacher:
             data = self.place.read_limited(name, MAX_COMMIT)
         except FileNotFoundError:
             raise CorruptError(
-                f"{self.place}/{name}: missing, though the capture was complete; restore it from a copy"
+                f"{self.place}/{name}: missing, though the shard was committed; restore it from a copy"
             ) from None
         return parse_commit(data, f"{self.place}/{name}", shard, self.record)
+
+    def _beyond(self, expected: str, found: str) -> IncompleteError:
+        return IncompleteError(
+            f"teacher {self.name!r}: expected {expected}, those of the first {self.num_shards} of "
+            f"{self.layout.num_shards} shards, which were committed without a gap when it was opened; found {found}. "
+            "Open it again when more are committed"
+        )
+
+    def train_rows(self) -> NDArray[np.int64]:
+        """Indices of the rows for training that can be read, ascending."""
+        rows = self.corpus.train_rows()
+        return rows[: np.searchsorted(rows, self.num_rows)]
+
+    def held_out_rows(self) -> NDArray[np.int64]:
+        """Indices of the rows for evaluation that can be read, ascending."""
+        rows = self.corpus.held_out_rows()
+        return rows[: np.searchsorted(rows, self.num_rows)]
 
     def _wanted(self, optional: Collection[str]) -> list[str]:
         """The fields to be read: all that every cache has, and the optional ones that are asked for."""
@@ -278,6 +354,8 @@ class Teacher:
 
     def _parts(self, first: int, last: int) -> list[tuple[int, int, int]]:
         """The slots of some rows: shard, first slot and one past the last."""
+        if self.num_rows < last <= self.corpus.num_rows:
+            raise self._beyond(f"rows within [0, {self.num_rows})", f"[{first}, {last})")
         offsets = self.corpus.target_offsets(first, last)
         per_shard = self.layout.rows_per_shard
         parts = []
@@ -328,6 +406,7 @@ class Teacher:
         Raises:
           ConfigError: an optional field is asked for that was not captured.
           NotFoundError: outside the corpus.
+          IncompleteError: beyond the shards that were committed when this was opened.
           CorruptError: stored bytes are missing or damaged (names the shard and the field).
         """
         names = self._wanted(optional)
@@ -347,12 +426,14 @@ class Teacher:
         Raises:
           ConfigError: an optional field is asked for that was not captured.
           NotFoundError: an index is out of range.
-          CorruptError: as for ``rows``.
+          IncompleteError, CorruptError: as for ``rows``.
         """
         names = self._wanted(optional)
         wanted = np.asarray(indices, dtype=np.int64)
         if wanted.size == 0:
             return self._slots(0, 0, 0, names)
+        if wanted.min() >= 0 and self.num_targets <= wanted.max() < self.layout.num_positions:
+            raise self._beyond(f"target positions within [0, {self.num_targets})", str(wanted.max()))
         if wanted.min() < 0 or wanted.max() >= self.num_targets:
             raise NotFoundError(
                 f"teacher {self.name!r}: expected target positions within [0, {self.num_targets}), found "
@@ -385,7 +466,7 @@ class Teacher:
         Args:
           seed: decides the order.
           epoch: another epoch, another order.
-          rows: which rows; all of them by default.
+          rows: which rows; all that can be read by default.
           window_blocks: blocks of about four chunks that are held decoded and mixed; more mix better and take
             more memory (about 20 MB each at K = 64 and 16 samples).
           optional: as for ``rows``.
@@ -393,31 +474,13 @@ class Teacher:
         Yields:
           One row at a time: the row, and the targets of its target positions.
         """
-        chosen = np.arange(self.corpus.num_rows) if rows is None else np.unique(np.asarray(rows, dtype=np.int64))
-        windows = shuffled_windows(
-            chosen, seed=seed, epoch=epoch, block_rows=self.block_rows, window_blocks=window_blocks
-        )
-        with ThreadPoolExecutor(_READ_THREADS, "tailcache-reader") as pool:
-            for window, permutation in windows:
-                blocks = pool.map(lambda block: self._read_block(block, optional), window)
-                held = list(itertools.chain.from_iterable(blocks))
-                for i in permutation:
-                    yield held[i]
+        chosen = np.arange(self.num_rows) if rows is None else np.unique(np.asarray(rows, dtype=np.int64))
+        return stream_rows(self, chosen, seed=seed, epoch=epoch, window_blocks=window_blocks, optional=optional)
 
     @property
     def block_rows(self) -> int:
         """Rows that are worth reading together: about four inner chunks of targets."""
-        return max(1, round(4 * self.layout.chunk * self.layout.num_rows / self.num_targets))
-
-    def _read_block(self, block: NDArray[np.int64], optional: Collection[str]) -> list[tuple[Rows, Targets]]:
-        held = []
-        for run in np.split(block, np.flatnonzero(np.diff(block) > _MAX_GAP_ROWS) + 1):
-            first, last = int(run[0]), int(run[-1]) + 1
-            rows, targets = self.corpus.rows(first, last), self.rows(first, last, optional=optional)
-            offsets = np.concatenate([[0], np.cumsum(rows.supervised)])[rows.offsets]
-            for row in run - first:
-                held.append((rows.slice(row, row + 1), targets[offsets[row] : offsets[row + 1]]))
-        return held
+        return max(1, round(4 * self.layout.chunk * self.layout.num_rows / self.layout.num_positions))
 
 
 def _concatenate(parts: list[NDArray[Any]]) -> NDArray[Any]:

@@ -91,6 +91,7 @@ class NeededBlocks(IterableDataset[Parcel]):
     def __init__(self, teacher: Teacher, rows: NDArray[np.int64], optional: tuple[str, ...], share: Share) -> None:
         self._teacher: Teacher | None = teacher
         self._location, self._name, self._hash = str(teacher.corpus.cache_place), teacher.name, teacher.hash
+        self._num_shards = teacher.num_shards if teacher.is_prefix else None
         self._rows, self._optional, self._share = rows, optional, share
         self._begin = shared(torch.zeros(2, dtype=torch.int64))  # workers that persist are told through it
         self._order = share.order(0)
@@ -131,7 +132,7 @@ class NeededBlocks(IterableDataset[Parcel]):
             held = set(needs)
 
     def _opened(self) -> Teacher:
-        teacher = open_cache(self._location).teacher(self._name)
+        teacher = open_cache(self._location).teacher(self._name, num_shards=self._num_shards)
         if teacher.hash != self._hash:
             raise MismatchError(
                 f"{self._location}, teacher {self._name!r}: changed since the loader was made; make a new loader"

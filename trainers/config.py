@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from tailcache.storage.errors import ConfigError
+from tailcache.storage.prefix import Unfinished
 from tailcache.trainers.loss_config import Divergence, LossConfig, LossParameters
 
 __all__ = ["StudentConfig", "TrainConfig"]
@@ -89,6 +90,13 @@ class _Places:
 
     teacher: str | None = None
     """Which teacher of the cache; may be left out if there is only one."""
+
+    unfinished: Unfinished = "refuse"
+    """Where a teacher's capture has not finished. refuse: an error. prefix: use the shards that are committed so far
+    without a gap, and only these for as long as the run lasts, also where it is resumed. wait: until it has."""
+
+    wait_minutes: float | None = None
+    """With --unfinished wait: give up after this many minutes; without, wait as long as it takes."""
 
     student: StudentConfig = field(default_factory=StudentConfig)
     """The student."""

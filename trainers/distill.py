@@ -122,8 +122,8 @@ class DistillTrainer(Trainer):
         self.record = record or {}
         self.positions_seen = 0
         corpus = teacher.corpus
-        rows = corpus.train_rows() if train_rows is None else np.sort(train_rows)
-        held_out = corpus.held_out_rows() if held_out_rows is None else np.sort(held_out_rows)
+        rows = teacher.train_rows() if train_rows is None else np.sort(train_rows)
+        held_out = teacher.held_out_rows() if held_out_rows is None else np.sort(held_out_rows)
         if len(rows) == 0:
             raise ConfigError(f"cache: {corpus.cache_place} has no row to train on; all {len(held_out)} are held out")
         self.train_rows, self._workers, self._data_state = rows, workers, data_state

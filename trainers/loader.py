@@ -141,7 +141,7 @@ class CacheLoader(DataLoader[Any]):
                 "loader: expected batch_rows and window_blocks of at least 1, 0 <= rank < world_size and order version "
                 f"1 or 2; found {batch_rows}, {window_blocks}, rank {rank} of {world_size} and {order_version}"
             )
-        allowed = teacher.corpus.train_rows() if split == "train" else teacher.corpus.held_out_rows()
+        allowed = teacher.train_rows() if split == "train" else teacher.held_out_rows()
         chosen = allowed if rows is None else np.unique(np.asarray(rows, dtype=np.int64))
         if (outside := np.setdiff1d(chosen, allowed)).size:
             raise ConfigError(

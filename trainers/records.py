@@ -51,6 +51,8 @@ _FREE = {
     "keep_checkpoints",
     "log_every",
     "resume",
+    "unfinished",
+    "wait_minutes",
     "epochs",
     "max_steps",
 }

@@ -7,13 +7,16 @@ is continued from its last whole checkpoint; one that has finished is left alone
 from __future__ import annotations
 
 import importlib.metadata
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 
 from tailcache.storage import durable
 from tailcache.storage.errors import ConfigError, NotFoundError
+from tailcache.storage.prefix import Unfinished
 from tailcache.storage.reader import Cache, Teacher, open_cache
 from tailcache.trainers.distill import DistillTrainer, training_arguments
 from tailcache.trainers.loss_config import parameters_of
@@ -35,22 +38,70 @@ if TYPE_CHECKING:
 __all__ = ["choose_teacher", "train"]
 
 
-def choose_teacher(cache: Cache, name: str | None) -> Teacher:
+def choose_teacher(
+    cache: Cache,
+    name: str | None,
+    *,
+    unfinished: Unfinished = "refuse",
+    num_shards: int | None = None,
+    wait_minutes: float | None = None,
+) -> Teacher:
     """The teacher of that name, or the only one.
+
+    Args:
+      cache: an open cache.
+      name: the teacher's.
+      unfinished: what to do where its capture has not finished; waiting draws a progress bar.
+      num_shards: exactly the first so many shards.
+      wait_minutes: to wait at most.
 
     Raises:
       NotFoundError: there is none of that name, or none at all.
       ConfigError: no name is given and there are several.
-      IncompleteError: its capture has not finished.
+      IncompleteError: its capture has not finished, or not in time.
     """
-    if name is not None:
-        return cache.teacher(name)
+    if name is None:
+        name = _only_teacher(cache)
+    timeout_s = None if wait_minutes is None else 60 * wait_minutes
+    with tqdm(unit="shard", desc=f"waiting for {name}", disable=unfinished != "wait", leave=False) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total or None
+            bar.update(done - bar.n)
+            bar.refresh()
+
+        return cache.teacher(name, unfinished=unfinished, num_shards=num_shards, timeout_s=timeout_s, progress=show)
+
+
+def _only_teacher(cache: Cache) -> str:
     names = cache.teacher_names
     if not names:
         raise NotFoundError(f"{cache.place}: expected a teacher, found none; make one with `tailcache capture`")
     if len(names) > 1:
         raise ConfigError(f"teacher: {cache.place} has several teachers; choose one of {', '.join(names)}")
-    return cache.teacher(names[0])
+    return names[0]
+
+
+def _open_teacher(config: TrainConfig) -> Teacher:
+    """The teacher to train from; of a prefix, the one that all processes read and that a resumed run began with."""
+    cache = open_cache(config.cache)
+    choose = partial(choose_teacher, cache, config.teacher, wait_minutes=config.wait_minutes)
+    begun = _record_so_far(config.out) if config.resume else {}
+    if begun.get("teacher_shards"):
+        return choose(num_shards=begun["teacher_shards"])
+    teacher = choose(unfinished=config.unfinished)
+    if config.unfinished == "prefix" and torch.distributed.is_available() and torch.distributed.is_initialized():
+        agreed = [teacher.num_shards if teacher.is_prefix else None]
+        torch.distributed.broadcast_object_list(agreed)
+        if teacher.is_prefix or agreed[0] is not None:
+            return choose(num_shards=agreed[0])
+    return teacher
+
+
+def _record_so_far(out: Path) -> dict[str, Any]:
+    """The record of the run that OUT holds; empty where it holds none."""
+    folder = out if (out / RECORD).is_file() else last_checkpoint(out)
+    return {} if folder is None else read_record(folder)
 
 
 def train(config: TrainConfig) -> DistillTrainer | None:
@@ -69,9 +120,9 @@ def train(config: TrainConfig) -> DistillTrainer | None:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    teacher = choose_teacher(open_cache(config.cache), config.teacher)
+    args = training_arguments(config)  # first: from then on processes know of each other
+    teacher = _open_teacher(config)
     objective = Objective.from_config(config, teacher)
-    args = training_arguments(config)
     record = {
         "format": "tailcache student",
         "format_version": 1,
@@ -80,6 +131,7 @@ def train(config: TrainConfig) -> DistillTrainer | None:
         "teacher": teacher.name,
         "teacher_hash": teacher.hash,
         "rows_per_step": config.batch_rows * config.gradient_accumulation * args.world_size,
+        **({"teacher_shards": teacher.num_shards} if teacher.is_prefix else {}),
         "versions": {name: importlib.metadata.version(name) for name in ("tailcache", "torch", "transformers")},
     }
     checkpoint = None
@@ -96,7 +148,7 @@ def train(config: TrainConfig) -> DistillTrainer | None:
     student = build_student(config.student, teacher.corpus, seed=config.seed)
     record["student"] = _described(student)
     durable.make_folder(config.out)
-    held_out = teacher.corpus.held_out_rows()
+    held_out = teacher.held_out_rows()
     layout = None if config.layout == "auto" else config.layout
     trainer = DistillTrainer(
         student.model,
@@ -204,6 +256,7 @@ def _introduction(config: TrainConfig, trainer: DistillTrainer, student: Student
         f"data: {len(trainer.train_rows):,} rows for training and {len(trainer.held_out):,} held out, of "
         f"{corpus.num_targets:,} target positions in all",
         *(f"note: {note}" for note in student.notes),
+        *_prefix_note(trainer.teacher),
     ]
     if trainer.why_full_logits is not None:
         lines.append(
@@ -215,3 +268,12 @@ def _introduction(config: TrainConfig, trainer: DistillTrainer, student: Student
     if checkpoint is not None:
         lines.append(f"continuing from {checkpoint} (step {read_record(checkpoint)['step']})")
     return lines
+
+
+def _prefix_note(teacher: Teacher) -> list[str]:
+    if not teacher.is_prefix:
+        return []
+    return [
+        f"note: the first {teacher.num_shards} of {teacher.layout.num_shards} shards of the teacher, "
+        f"{teacher.num_targets:,} target positions: its capture had not finished"
+    ]
