@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +20,7 @@ from tailcache.storage.layout import Layout, commit_path
 from tailcache.storage.place import Place
 from tailcache.storage.sealed import canonical
 
-__all__ = ["Unfinished", "prefix_hash", "prefix_mean_tail", "prefix_shards", "wait_until_finished"]
-
-Unfinished = Literal["refuse", "prefix", "wait"]
-"""What to do where a capture has not finished: an error, the shards committed so far, or wait until it has."""
+__all__ = ["prefix_hash", "prefix_mean_tail", "prefix_shards", "wait_until_finished"]
 
 _PAUSES = (0.1, 5.0)
 """Seconds between two looks at a running capture: at first, and at most."""

@@ -27,16 +27,15 @@ from tailcache.storage.layout import check_name, commit_path
 from tailcache.storage.limits import MAX_ARRAY_METADATA, MAX_COMMIT, MAX_MANIFEST, largest_object
 from tailcache.storage.objects import ChunkTable, read_array, read_index, read_object
 from tailcache.storage.place import Location, Place, open_place
-from tailcache.storage.prefix import Unfinished, prefix_hash, prefix_mean_tail, prefix_shards, wait_until_finished
+from tailcache.storage.prefix import prefix_hash, prefix_mean_tail, prefix_shards, wait_until_finished
 from tailcache.storage.recent import Recent
 from tailcache.storage.records import Commit, Complete, ObjectEntry, parse_commit, parse_complete, parse_manifest
 from tailcache.storage.stream import stream_rows
+from tailcache.storage.unfinished import Unfinished
 
 __all__ = ["Cache", "StoredHead", "Teacher", "open_cache"]
 
-_READ_THREADS = 2
 _TABLE_MEMORY = 64 << 20  # bytes of objects' tables of chunks that are kept
-_MAX_GAP_ROWS = 8  # rows read and dropped rather than starting another read
 
 
 def open_cache(location: Location | Place) -> Cache:

@@ -393,6 +393,27 @@ def test_unfinished_teachers(tmp_path: Path) -> None:
         quiet(CompareConfig(cache=tmp_path / "c", teachers=("nobody",)))
 
 
+def test_prefixes_of_unfinished_teachers(tmp_path: Path) -> None:
+    """The rows that all have, and the same figures that these rows give when the capture has finished."""
+    corpus, positions = make_corpus(tmp_path / "c", vocab_size=V)
+    dense = random_dense(len(positions), V, seed=1)
+    add_teacher(corpus, positions, "whole", dense, top_k=4, num_samples=2)
+    add_teacher(corpus, positions, "half", dense, top_k=4, num_samples=2, stop_after=1)
+    found = quiet(CompareConfig(cache=tmp_path / "c", unfinished="prefix", resamples=0))
+    rows = open_cache(tmp_path / "c").teacher("half", unfinished="prefix").num_rows
+    assert found.prefix_rows == rows < corpus.num_rows
+    assert found.positions == corpus.target_offsets(0, rows)[-1]
+    assert f"only the first {rows:,} rows" in comparison_text(found)
+    assert [figures.name for figures in found.teachers] == ["half", "whole"]
+    assert found.teachers[0].cross_entropy == found.teachers[1].cross_entropy
+    assert found.divergences[0].kl_lower_bound.value == pytest.approx(0, abs=1e-6)
+    expected = [-np.log(dense[i][p.true_next]) for i, p in enumerate(positions) if p.row < rows]
+    assert found.teachers[0].cross_entropy.value == pytest.approx(np.mean(expected), rel=1e-3)
+    assert quiet(CompareConfig(cache=tmp_path / "c", teachers=("whole",), unfinished="wait")).prefix_rows is None
+    with pytest.raises(IncompleteError, match="not finished after"):
+        quiet(CompareConfig(cache=tmp_path / "c", teachers=("half",), unfinished="wait", wait_minutes=1e-3))
+
+
 def test_no_teacher_and_no_such_rows(tmp_path: Path) -> None:
     corpus, positions = make_corpus(tmp_path / "c", vocab_size=V, num_rows=1)
     with pytest.raises(NotFoundError, match="tailcache capture"):

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -40,7 +41,7 @@ from tailcache.pipeline.config import CaptureConfig
 from tailcache.scripts.train import run
 from tailcache.storage.alignment import next_tokens, target_positions
 from tailcache.storage.codec import Targets
-from tailcache.storage.errors import ConfigError, MismatchError, NotFoundError, StudentError
+from tailcache.storage.errors import ConfigError, IncompleteError, MismatchError, NotFoundError, StudentError
 from tailcache.storage.fingerprint import fingerprint
 from tailcache.storage.reader import Teacher, open_cache
 from tailcache.trainers import fused_head, terms
@@ -830,6 +831,39 @@ def test_a_killed_run_continues_to_the_same_weights_and_curves(
     for name, weight in one.items():
         assert torch.equal(weight, other[name]), name
     assert train(_config(teacher, killed, **settings, resume=True)) is None  # it has finished
+
+
+def test_training_on_a_prefix_of_a_capture(
+    teacher: Teacher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run on a prefix keeps to it: also when it is resumed, and the capture has got on and finished meanwhile."""
+    source = cache_folder(teacher.corpus)
+    shutil.copytree(source, tmp_path / "cache")
+    folder = tmp_path / "cache" / "teachers" / teacher.name
+    last = [folder / "complete.json", *sorted((folder / "commits").iterdir())[1:]]
+    for path in last:
+        path.unlink()
+    cache = open_cache(tmp_path / "cache")
+    prefix = cache.teacher(teacher.name, unfinished="prefix")
+    assert prefix.num_rows < teacher.num_rows
+    settings: dict[str, Any] = {"unfinished": "prefix", "batch_rows": 2, "max_steps": 4, "save_every": 2}
+    settings |= {"schedule": "constant", "warmup": 0.0}
+    with pytest.raises(IncompleteError, match="--unfinished"):
+        train(_config(prefix, tmp_path / "refused"))
+    trainer = train(_config(prefix, tmp_path / "whole", **settings, workers=1))
+    assert trainer is not None
+    assert trainer.train_rows.max() < prefix.num_rows
+    assert len(trainer.held_out) == len(prefix.held_out_rows()) < len(teacher.corpus.held_out_rows())
+    assert f"note: the first {prefix.num_shards} of" in capsys.readouterr().out
+    train(_config(prefix, tmp_path / "out", **{**settings, "max_steps": 2}))
+    for path in last:
+        shutil.copyfile(source / path.relative_to(tmp_path / "cache"), path)
+    resumed = train(_config(prefix, tmp_path / "out", **settings, resume=True))
+    assert resumed is not None
+    assert resumed.teacher.is_prefix
+    assert resumed.teacher.hash == prefix.hash
+    for name, weight in trainer.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[name], weight, rtol=1e-5, atol=1e-6)
 
 
 def test_resume_without_a_checkpoint_begins_again(

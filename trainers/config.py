@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from tailcache.storage.errors import ConfigError
-from tailcache.storage.prefix import Unfinished
+from tailcache.storage.unfinished import Unfinished
 from tailcache.trainers.loss_config import Divergence, LossConfig, LossParameters
 
 __all__ = ["StudentConfig", "TrainConfig"]

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from tailcache.storage import durable
 from tailcache.storage.errors import ConfigError, NotFoundError
-from tailcache.storage.prefix import Unfinished
 from tailcache.storage.reader import Cache, Teacher, open_cache
+from tailcache.storage.unfinished import Unfinished
 from tailcache.trainers.distill import DistillTrainer, training_arguments
 from tailcache.trainers.loss_config import parameters_of
 from tailcache.trainers.objective import Objective
