@@ -862,8 +862,11 @@ def test_training_on_a_prefix_of_a_capture(
     assert resumed is not None
     assert resumed.teacher.is_prefix
     assert resumed.teacher.hash == prefix.hash
+    assert trainer.model is not None
+    assert resumed.model is not None
+    found = resumed.model.state_dict()
     for name, weight in trainer.model.state_dict().items():
-        torch.testing.assert_close(resumed.model.state_dict()[name], weight, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-6)
 
 
 def test_resume_without_a_checkpoint_begins_again(

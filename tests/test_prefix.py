@@ -108,7 +108,7 @@ def test_no_prefix_yet(finished: Exact, tmp_path: Path) -> None:
         cache.teacher("u", unfinished="prefix")
     for kind in ("prefix", "wait"):
         with pytest.raises(NotFoundError):
-            cache.teacher("nobody", unfinished=kind)  # type: ignore[arg-type]
+            cache.teacher("nobody", unfinished=kind)
     with pytest.raises(ConfigError, match="expected 1 to"):
         cache.teacher("t", num_shards=0)
     with pytest.raises(IncompleteError, match="the first 3 shards"):
