@@ -19,6 +19,7 @@ from s3_server import Faults, S3Server
 from tokenizer_fixtures import build_tokenizer
 
 from tailcache.scripts.cli import main
+from tailcache.storage.errors import IncompleteError
 from tailcache.storage.place import open_place
 from tailcache.storage.reader import open_cache
 
@@ -75,30 +76,60 @@ def caches(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Ite
         url = f"s3://{s3_server.new_bucket()}/some/cache"
         made = Caches(folder=folder, local=str(folder / "cache"), url=url, faults=s3_server.faults)
         now_and_then(made.faults)
-        for cache in (made.local, made.url):
-            assert main(made.command("prepare", cache)) == 0
+        assert main(made.command("prepare", made.local)) == 0
+        _killed_while_uploading(made)
+        assert main(made.command("prepare", made.url)) == 0
         for name in "ab":
             assert main(made.command("capture", made.local, name=name)) == 0
-        _killed_again_and_again(made)
-        assert main(made.command("capture", made.url, name="b")) == 0
+        _killed_while_capturing(made)
+        _two_at_once(made)
         assert all(fault.struck > 3 for fault in made.faults.active)
         made.faults.clear()
         yield made
     s3_server.faults.clear()
 
 
-def _killed_again_and_again(caches: Caches) -> None:
-    """Capture teacher a in the bucket, with SIGKILL after every shard or two."""
+def _start(line: list[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tailcache.scripts.cli", *line], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+def _killed_while_uploading(caches: Caches) -> None:
+    """Prepare in the bucket, killed when some files are there: there is no corpus then."""
+    place = open_place(caches.url)
+    slow = caches.faults.add("slow", methods=("PUT",), path="/corpus/tokens/c/", seconds=1)
+    caches.faults.active.insert(0, caches.faults.active.pop())
+    with _start(caches.command("prepare", caches.url)) as process:
+        deadline = time.monotonic() + 120
+        while not slow.struck:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    caches.faults.active.remove(slow)
+    assert len(list(place.files("corpus"))) > 3
+    assert not place.exists("corpus/manifest.json")
+    with pytest.raises(IncompleteError, match="run the same `tailcache prepare` again"):
+        open_cache(caches.url)
+
+
+def _two_at_once(caches: Caches) -> None:
+    """Two processes capture teacher b in the bucket; both end well."""
+    processes = [_start(caches.command("capture", caches.url, name="b")) for _ in range(2)]
+    assert [process.wait(180) for process in processes] == [0, 0]
+
+
+def _killed_while_capturing(caches: Caches) -> None:
+    """Capture teacher a in the bucket, killed when two shards are committed, and again to the end."""
     place = open_place(caches.url) / "teachers" / "a"
-    line = [sys.executable, "-m", "tailcache.scripts.cli", *caches.command("capture", caches.url, name="a")]
-    for kill in (1, 3):
-        with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            deadline = time.monotonic() + 120
-            while len(list(place.files("commits"))) < kill and process.poll() is None:
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-            process.kill()
-            process.wait()
+    with _start(caches.command("capture", caches.url, name="a")) as process:
+        deadline = time.monotonic() + 120
+        while len(list(place.files("commits"))) < 2 and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
     assert main(caches.command("capture", caches.url, name="a")) == 0
 
 
@@ -112,6 +143,14 @@ def test_the_bytes_are_those_of_a_local_cache(caches: Caches) -> None:
     assert len([name for name in remote if "/commits/" in name]) >= 6
     assert sorted(remote) == sorted(local)
     assert [name for name in local if local[name] != remote[name]] == []
+
+
+def test_the_same_bytes_on_a_file_system_of_fsspec(caches: Caches) -> None:
+    url = "memory://some/cache"
+    for line in (caches.command("prepare", url), caches.command("capture", url, name="a"), ["verify", "--cache", url]):
+        assert main(line) == 0
+    expected = {name: data for name, data in _contents(caches.local).items() if not name.startswith("teachers/b/")}
+    assert _contents(url) == expected
 
 
 def test_readers_see_the_same_values(caches: Caches) -> None:
