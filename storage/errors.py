@@ -13,7 +13,7 @@ expected, what was found and what to do.
     ├── FormatError      (ValueError)    not a cache, or of a version this code does not know
     ├── IncompleteError  (RuntimeError)  a capture has not finished
     ├── CorruptError     (OSError)       stored bytes are not what was written
-    └── StorageError     (OSError)       the disk is full, read-only or failing
+    └── StorageError     (OSError)       the disk is full, read-only or failing; a store does not answer
 """
 
 __all__ = [
@@ -72,4 +72,4 @@ class CorruptError(TailcacheError, OSError):
 
 
 class StorageError(TailcacheError, OSError):
-    """The disk is full, read-only or failing."""
+    """The disk is full, read-only or failing, or a remote store does not answer or refuses."""
