@@ -869,6 +869,41 @@ def test_training_on_a_prefix_of_a_capture(
         torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-6)
 
 
+AGREE = """
+import sys
+from pathlib import Path
+import torch
+from tailcache.trainers.config import TrainConfig
+from tailcache.trainers.run import _open_teacher
+rank, cache, meeting = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+torch.distributed.init_process_group("gloo", init_method="file://" + meeting, rank=rank, world_size=2)
+teacher = _open_teacher(TrainConfig(cache=cache, out=Path(cache) / "out", unfinished="prefix"))
+print(teacher.num_shards, teacher.hash)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_all_processes_train_on_one_prefix(teacher: Teacher, tmp_path: Path) -> None:
+    """Also where one of them looks later than the first, and sees more."""
+    for rank in range(2):
+        shutil.copytree(cache_folder(teacher.corpus), tmp_path / str(rank))
+    early = tmp_path / "0" / "teachers" / teacher.name
+    for path in (early / "complete.json", *sorted((early / "commits").iterdir())[1:]):
+        path.unlink()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", AGREE, str(rank), str(tmp_path / str(rank)), str(tmp_path / "meeting")],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    first, second = (process.communicate(timeout=200)[0] for process in processes)
+    assert first == second
+    assert first.startswith("1 ")
+
+
 def test_resume_without_a_checkpoint_begins_again(
     teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
