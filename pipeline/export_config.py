@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from tailcache.storage.errors import ConfigError
@@ -20,13 +21,13 @@ class ExportConfig:
     appears, whole, when it is finished; its README.md says what is in it and how to load it.
     """
 
-    cache: str
+    cache: str | Path
     """Location of the cache: a folder, or a URL such as s3://bucket/folder."""
 
     teacher: str
     """Which of its teachers."""
 
-    out: str
+    out: str | Path
     """Where to write: a folder that is not there yet or empty, or a URL."""
 
     format: Literal["parquet", "datasets"] = "parquet"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from tailcache.storage.errors import ConfigError
@@ -12,17 +13,17 @@ __all__ = ["DeriveConfig", "run"]
 
 @dataclass(frozen=True, kw_only=True)
 class DeriveConfig:
-    """Make a cache from one or several others, without the teacher.
+    """Make a cache from one or several others, without the teacher: tailcache derive SOURCE TARGET.
 
     Without any change it is a copy, byte for byte, with every checksum checked on the way; between any two places.
     With changes, all of them are made at once. Can be killed at any time: the same command continues, and ends in the
     same bytes. What was done is kept in each teacher's provenance (`tailcache info` shows it).
     """
 
-    source: str
+    source: str | Path
     """Location of the cache to start from."""
 
-    target: str
+    target: str | Path
     """Location of the cache to make. It may exist, with the same corpus: the teachers are added."""
 
     teachers: tuple[str, ...] = ()
@@ -45,7 +46,7 @@ class DeriveConfig:
     split: Literal["all", "train", "held-out"] = "all"
     """Keep the rows for training, or those held out."""
 
-    merge: tuple[str, ...] = ()
+    merge: tuple[str | Path, ...] = ()
     """Further caches, with other rows of the same corpus, to put together with SOURCE."""
 
     drop: tuple[Literal["hidden", "log_z"], ...] = ()
