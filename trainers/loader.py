@@ -160,7 +160,7 @@ class CacheLoader(DataLoader[Any]):
             world_size=world_size,
             ends=ends,
         )
-        if num_workers and multiprocessing_context is None and teacher.place.local is None:
+        if num_workers and multiprocessing_context is None and not teacher.place.survives_fork:
             multiprocessing_context = "spawn"
         self._rows_hash = hashlib.sha256(chosen.astype("<i8").tobytes()).hexdigest()
         self._start = self._taken = 0  # rows of the order, by all processes together
