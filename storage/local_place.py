@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tailcache.storage import durable
-from tailcache.storage.errors import StorageError
+from tailcache.storage.errors import CorruptError, StorageError
 from tailcache.storage.place import Claim, Place
 
 __all__ = ["LocalPlace"]
@@ -22,8 +23,8 @@ class LocalPlace(Place):
       folder: it need not exist; it is made when something is written.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, _root: Path | None = None) -> None:
+        self._folder, self._root = folder, _root or folder
 
     def __str__(self) -> str:
         return str(self._folder)
@@ -32,39 +33,60 @@ class LocalPlace(Place):
         return f"LocalPlace({str(self._folder)!r})"
 
     def __truediv__(self, name: str) -> Place:
-        return LocalPlace(self._folder / name)
+        return LocalPlace(self._folder / name, self._root)
 
     @property
     def local(self) -> Path:
         """The folder."""
         return self._folder
 
+    @contextlib.contextmanager
+    def _opened(self, name: str) -> Iterator[int]:
+        """A descriptor for reading; only of a file: a pipe would never end, nor would a device."""
+        path = self._folder / name
+        with durable.named(path, "reading", may_miss=True):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    raise CorruptError(
+                        f"{path}: expected a file, found a folder, device or pipe; restore it from a copy"
+                    )
+                yield descriptor
+            finally:
+                os.close(descriptor)
+
+    def _own(self, name: str) -> Path:
+        """A path that is to be written or deleted; it has to lie in this folder by itself, not by way of a link.
+
+        Raises:
+          CorruptError: a folder above it, or itself, is a symbolic link: what it points to is no part of the cache.
+        """
+        path = self._folder / name
+        here = self._root
+        for part in path.relative_to(self._root).parts:
+            here = here / part
+            if here.is_symlink():
+                raise CorruptError(
+                    f"{here}: expected a file or folder of a cache, found a symbolic link, which nothing is written "
+                    "through; put what it points to in its place"
+                )
+        return path
+
     def read(self, name: str) -> bytes:
         """A whole file."""
-        path = self._folder / name
-        with durable.named(path, "reading", may_miss=True), open(path, "rb") as file:
+        with self._opened(name) as descriptor, open(descriptor, "rb", closefd=False) as file:
             return file.read()
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """Some byte ranges of a file."""
-        path = self._folder / name
-        with durable.named(path, "reading", may_miss=True):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                return [os.pread(descriptor, last - first, first) for first, last in ranges]
-            finally:
-                os.close(descriptor)
+        with self._opened(name) as descriptor:
+            return [os.pread(descriptor, last - first, first) for first, last in ranges]
 
     def read_end(self, name: str, count: int) -> tuple[bytes, int]:
         """The last bytes of a file, and its size."""
-        path = self._folder / name
-        with durable.named(path, "reading", may_miss=True):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                size = os.fstat(descriptor).st_size
-                return os.pread(descriptor, count, max(0, size - count)), size
-            finally:
-                os.close(descriptor)
+        with self._opened(name) as descriptor:
+            size = os.fstat(descriptor).st_size
+            return os.pread(descriptor, count, max(0, size - count)), size
 
     def size(self, name: str) -> int | None:
         """Bytes of a file."""
@@ -77,13 +99,15 @@ class LocalPlace(Place):
 
     def write(self, name: str, data: bytes | memoryview) -> None:
         """Write a file whole and durably."""
-        durable.make_folder((self._folder / name).parent)
-        durable.write_file(self._folder / name, data)
+        path = self._own(name)
+        durable.make_folder(path.parent)
+        durable.write_file(path, data)
 
     def create(self, name: str, data: bytes | memoryview) -> bool:
         """Write a file if there is none: linked into place, which fails where the name is taken."""
-        durable.make_folder((self._folder / name).parent)
-        return durable.create_file(self._folder / name, data)
+        path = self._own(name)
+        durable.make_folder(path.parent)
+        return durable.create_file(path, data)
 
     def files(self, below: str = "") -> Iterator[tuple[str, int]]:
         """Names and sizes of all files below a folder; also of links, which a cache never has."""
@@ -104,20 +128,23 @@ class LocalPlace(Place):
 
     def delete(self, name: str) -> None:
         """Delete a file."""
+        self._own(str(Path(name).parent))
         durable.remove_tree(self._folder / name)
 
     def delete_all(self, below: str = "") -> None:
         """Delete a folder with all it holds."""
+        self._own(str(Path(below).parent))
         durable.remove_tree(self._folder / below if below else self._folder)
 
     def move(self, name: str, to: str) -> None:
         """Rename a file, durably."""
-        durable.make_folder((self._folder / to).parent)
-        durable.move_file(self._folder / name, self._folder / to)
+        source, target = self._own(name), self._own(to)
+        durable.make_folder(target.parent)
+        durable.move_file(source, target)
 
     def claim(self, name: str) -> Claim | None:
         """Lock a file of that name; the system takes the lock back when the process dies."""
-        path = self._folder / name
+        path = self._own(name)
         while True:
             durable.make_folder(path.parent)
             try:
