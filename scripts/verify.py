@@ -11,6 +11,7 @@ from tailcache.storage.errors import ConfigError, CorruptError, TailcacheError
 
 if TYPE_CHECKING:
     from tailcache.pipeline.replay import Replay
+    from tailcache.storage.mending import Mended
     from tailcache.storage.verify import Verification
 
 __all__ = ["VerifyConfig", "run"]
@@ -18,7 +19,7 @@ __all__ = ["VerifyConfig", "run"]
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig:
-    """Look at every file of a cache and list all that is wrong.
+    """Look at every file of a cache, list all that is wrong, and mend it if asked to.
 
     Exits with status 0 only if nothing is wrong. A capture that has not finished is no fault; what it has
     committed is verified.
@@ -31,6 +32,10 @@ class VerifyConfig:
     """fast: records, metadata and the size of everything else, in a small fraction of the time. full: every byte
     against its checksum, and every value against the others."""
 
+    repair: bool = False
+    """Put what is damaged into CACHE/quarantine and make exactly that again, in the same bytes: shards are captured
+    again with --teacher and the settings in the cache, the rest comes from other records. Verifies again afterwards."""
+
     replay: int = 0
     """Run the teacher again at so many random positions, and compare with what is stored. What is allowed to differ
     comes from running the same positions twice in other batches. Needs --teacher."""
@@ -42,7 +47,7 @@ class VerifyConfig:
     """The model a teacher was captured from, as for `tailcache capture`; its other settings are in the cache."""
 
     name: str | None = None
-    """Which of the cache's teachers to replay; needed where there are several."""
+    """Which of the cache's teachers to replay or to repair; needed where there are several."""
 
     trust_remote_code: bool = False
     """Run model code that comes with a hub model."""
@@ -61,10 +66,15 @@ class VerifyConfig:
 
 
 def run(config: VerifyConfig) -> None:
-    """Verify, print the faults, and fail if there are any."""
+    """Verify, mend and replay as asked, print what is wrong, and fail if anything is."""
     found = _inspect(config)
     report: dict[str, Any] = found.report()
     try:
+        if config.repair and found.faults:
+            report |= {"good": False, "found": report["faults"], "repair": (mended := _repair(config, found)).report()}
+            _say_mended(mended)
+            found = _inspect(config)
+            report |= found.report()
         faults = len(found.faults)
         for fault in found.faults:
             print(fault)
@@ -83,6 +93,37 @@ def run(config: VerifyConfig) -> None:
         raise CorruptError(f"{config.cache}: {faults} faults; what to do about each is said above")
     looked = f"{found.bytes_read:,} of " if config.level == "fast" else ""
     print(f"{config.cache}: no faults in {looked}{found.bytes:,} bytes of {found.files:,} files ({config.level})")
+
+
+def _repair(config: VerifyConfig, found: Verification) -> Mended:
+    from tqdm import tqdm
+
+    from tailcache.pipeline.repair import repair
+
+    with tqdm(unit="pos", unit_scale=True, desc="repair") as bar:
+        return repair(
+            config.cache,
+            found,
+            model=config.teacher,
+            name=config.name,
+            threads=config.threads,
+            trust=config.trust_remote_code,
+            progress=bar.update,
+        )
+
+
+def _say_mended(mended: Mended) -> None:
+    """Print what a repair did, and what it could not do."""
+    for path, to in mended.quarantined.items():
+        print(f"put aside {path}: {to}")
+    for teacher, shard in mended.shards:
+        print(f"captured again: teacher {teacher}, shard {shard}")
+    for path in mended.made:
+        print(f"made again: {path}")
+    for note in mended.notes:
+        print(f"note: {note}")
+    for path, reason in mended.left.items():
+        print(f"not mended: {path}: {reason}")
 
 
 def _inspect(config: VerifyConfig) -> Verification:

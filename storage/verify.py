@@ -65,6 +65,8 @@ class Fault:
     field: str | None = None
     remedy: str = ""
     """What to do about it."""
+    kind: Literal["damage", "stray", "values"] = "damage"
+    """damage: a file is not what was written; stray: it is none of the cache's; values: what was written is wrong."""
 
     @property
     def teacher(self) -> str | None:
@@ -181,10 +183,8 @@ class _Check:
         self._corpus_record: CorpusManifest | None = None
         self._corpus: Corpus | None = None
 
-    def _fault(
-        self, path: str, problem: str, remedy: str, *, shard: int | None = None, field: str | None = None
-    ) -> None:
-        self.found.faults.append(Fault(path=path, problem=problem, shard=shard, field=field, remedy=remedy))
+    def _fault(self, path: str, problem: str, remedy: str, **more: Any) -> None:
+        self.found.faults.append(Fault(path=path, problem=problem, remedy=remedy, **more))
 
     def _count(self, size: int) -> None:
         self.found.bytes_read += size
@@ -281,7 +281,7 @@ class _Check:
         try:
             self._corpus = Corpus(self.place)
             for problem in corpus_problems(self._corpus) if self._full else ():
-                self._fault("corpus", problem, _OF_CORPUS)
+                self._fault("corpus", problem, _OF_CORPUS, kind="values")
         except TailcacheError as error:
             self._pass_on(error)
             self._fault("corpus", str(error), _OF_CORPUS)
@@ -368,7 +368,7 @@ class _Check:
             path = folder + commit_path(shard)
             self._fault(path, "missing, though the capture was complete", _REPAIR, shard=shard)
             self._know_objects(folder, layout, shard)
-        chain = hashlib.sha256()
+        chain, good = hashlib.sha256(), 0
         # Before version 2 the sum was a running one, and only the last one was kept.
         summed = set(committed if layout.format_version > 1 else committed[-1:]) if not state.complete else set()
         for number, shard in enumerate(committed):
@@ -387,11 +387,12 @@ class _Check:
                 self._fault(path, str(error), _REPAIR, shard=shard)
                 self._know_objects(folder, layout, shard)
                 continue
+            good += 1
             state.positions += commit.positions
             self._objects(folder, commit)
             if shard in summed:
                 self._match(folder + tail_sum_path(shard), commit.tail_sum, _REPAIR, shard=shard)
-        if complete is not None and len(committed) == layout.num_shards and chain.hexdigest() != complete.commits:
+        if complete is not None and good == layout.num_shards and chain.hexdigest() != complete.commits:
             problem = "the commit records are not those it was written over"
             self._fault(folder + "complete.json", problem, _REPAIR)
 
@@ -414,10 +415,10 @@ class _Check:
         remedy = "the files are what was written, so the values were wrong then: capture again under another name"
         try:
             for shard, problem in teacher_problems(Teacher(self._corpus, name)):
-                self._fault(f"teachers/{name}", problem, remedy, shard=shard)
+                self._fault(f"teachers/{name}", problem, remedy, shard=shard, kind="values")
         except TailcacheError as error:
             self._pass_on(error)
-            self._fault(f"teachers/{name}", str(error), remedy)
+            self._fault(f"teachers/{name}", str(error), remedy, kind="values")
 
     # -- what nobody knows -------------------------------------------------------------------------------------
 
@@ -428,8 +429,8 @@ class _Check:
                 continue
             if parts[0] == "teachers" and len(parts) == 2 and path.endswith(".lock"):
                 if size:  # of version 1
-                    self._fault(path, f"expected an empty lock file, found {size} bytes", _STRAY)
+                    self._fault(path, f"expected an empty lock file, found {size} bytes", _STRAY, kind="stray")
                 continue
             if self._corpus is None and parts[0] == "corpus":
                 continue  # without its list of checksums, all of the corpus' files are unknown
-            self._fault(path, "a file that no record of the cache knows", _STRAY)
+            self._fault(path, "a file that no record of the cache knows", _STRAY, kind="stray")
