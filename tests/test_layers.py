@@ -16,7 +16,8 @@ ALLOWED = {
     "scripts": {"scripts", "pipeline", "trainers", "storage"},
 }
 STORAGE_PACKAGES = {"numpy", "zarr", "numcodecs"}
-REMOTE_PACKAGES = {"bucket.py": {"obstore"}, "fsspec_place.py": {"fsspec"}}  # optional: only inside functions
+# Optional: only inside functions.
+OPTIONAL_PACKAGES = {"bucket.py": {"obstore"}, "fsspec_place.py": {"fsspec"}, "rust_codecs.py": {"zarrs"}}
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "matplotlib", "pyarrow"}
 MODULES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 
@@ -54,9 +55,11 @@ def test_imports_of_a_module(path: Path) -> None:
         if parts[0] == "tailcache" and len(parts) > 1:
             assert parts[1] in ALLOWED[folder], f"{path}: {folder} may not import {name}"
         elif folder == "storage" and parts[0] != "tailcache":
-            allowed = STORAGE_PACKAGES | sys.stdlib_module_names | REMOTE_PACKAGES.get(path.name, set())
+            allowed = STORAGE_PACKAGES | sys.stdlib_module_names | OPTIONAL_PACKAGES.get(path.name, set())
             assert parts[0] in allowed, f"{path}: storage may not import {name}"
-            assert parts[0] not in {"obstore", "fsspec"} or name not in imported(path, at_import_time=True), path
+            assert parts[0] not in {"obstore", "fsspec", "zarrs"} or name not in imported(path, at_import_time=True), (
+                path
+            )
         assert parts[0] not in {"pickle", "dill", "cloudpickle", "joblib"}, f"{path}: no pickle"
 
 
