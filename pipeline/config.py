@@ -195,6 +195,10 @@ class CaptureConfig:
     chunk_positions: int = 8192
     """Target positions of a chunk within a shard: the unit of random access."""
 
+    kl_budget: float = 1e-5
+    """Nats per position that rounding the stored log-probabilities may cost on average, whatever the distributions. A
+    cache of 1e-4 takes about 13 % fewer bytes for ids and log-probabilities, one of 1e-3 about 25 %."""
+
     compression_level: int = 9
     """Of the compressor, 1 (fast) to 9 (small)."""
 

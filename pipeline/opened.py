@@ -72,6 +72,7 @@ def open_teacher(config: CaptureConfig, corpus: Corpus, teacher: Teacher | None 
         top_k=config.top_k,
         num_samples=config.num_samples,
         temperatures=config.temperatures,
+        kl_budget=config.kl_budget,
         shard_positions=config.shard_positions,
         chunk=config.chunk_positions,
         compression_level=config.compression_level,

@@ -47,6 +47,8 @@ class ArraySpec:
     level: int = 5
     """blosc compression level, 1 to 9."""
     shuffle: str = "shuffle"
+    block_bytes: int = 0
+    """Bytes that blosc compresses at a time; 0: it chooses."""
     meaning: str = ""
     """One line for the array's attributes."""
     dimensions: tuple[str, str] = ("position", "rank")
@@ -60,6 +62,7 @@ class ArraySpec:
                 cname="zstd",
                 clevel=self.level,
                 shuffle=self.shuffle,  # type: ignore[arg-type]
+                blocksize=self.block_bytes,
             ),
             Crc32cCodec(),
         ]

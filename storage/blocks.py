@@ -83,7 +83,7 @@ def read_block(teacher: Teacher, rows: NDArray[np.int64], *, optional: Collectio
         first, last = int(run[0]), int(run[-1]) + 1
         read, stored = teacher.corpus.rows(first, last), teacher.stored(first, last, optional=optional)
         offsets = np.concatenate([[0], np.cumsum(read.supervised)])[read.offsets].astype(np.int64)
-        found = len(stored["log_tail"])
+        found = len(stored["tail_entropy"])
         if found != offsets[-1]:
             raise MismatchError(
                 f"teacher {teacher.name!r}, rows {first} to {last - 1}: expected {offsets[-1]} targets, one per "

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tailcache.storage.arrays import group_metadata
-from tailcache.storage.codec import Codec, Targets, logprob_levels, vocabulary_order
+from tailcache.storage.codec import AnyCodec, Targets, codec_of, learn_constants
 from tailcache.storage.durable import sha256
 from tailcache.storage.errors import CorruptError
 from tailcache.storage.hidden import StoredHead
@@ -79,14 +79,11 @@ def first_constants(
 
     Args:
       layout: the teacher's.
-      targets: of the first shard: they decide the order of the vocabulary.
+      targets: of the first shard: they decide the order of the vocabulary, and the classes of positions.
       token_counts: [V] occurrences of each token in the corpus.
       head: the teacher's, where hidden states are stored.
     """
-    values: dict[str, NDArray[Any]] = {
-        "vocabulary_order": vocabulary_order(targets.token_ids, token_counts),
-        "logprob_levels": logprob_levels(layout.top_k),
-    }
+    values = learn_constants(layout, targets, token_counts)
     if head is not None:
         values["head_weight"] = head.weight
         if head.bias is not None:
@@ -116,7 +113,7 @@ def mean_tail_objects(layout: Layout, tail_sum: NDArray[np.float64]) -> Iterator
     yield from constant_objects(layout, {name: mean for name in MEAN_TAILS if name in layout.constants()})
 
 
-def encode_shard(layout: Layout, codec: Codec, shard: int, targets: Targets) -> dict[str, bytes]:
+def encode_shard(layout: Layout, codec: AnyCodec, shard: int, targets: Targets) -> dict[str, bytes]:
     """A shard's objects: content by name; none where the shard has no targets.
 
     Raises:
@@ -232,17 +229,17 @@ def complete_record(
     )
 
 
-def load_codec(place: Place, layout: Layout, checksums: Mapping[str, str]) -> Codec:
-    """Read a teacher's vocabulary order and levels, checked against its manifest.
+def load_codec(place: Place, layout: Layout, checksums: Mapping[str, str]) -> AnyCodec:
+    """Read what decoding needs of a teacher's constants, checked against its manifest.
 
     Raises:
-      CorruptError: either is missing or damaged.
+      CorruptError: one is missing or damaged, or is no table.
     """
-    values = []
-    for name in ("vocabulary_order", "logprob_levels"):
+    values = {}
+    for name in layout.learned:
         spec = layout.constants()[name]
         for file in (f"{name}/zarr.json", spec.object_path(0)):
             place.read_checked(file, checksums.get(file))
         length = layout.constant_length(name)
-        values.append(read_object(place, spec.object_path(0), spec, 0, length, f"{place}, constant {name}"))
-    return Codec(values[0], values[1])
+        values[name] = read_object(place, spec.object_path(0), spec, 0, length, f"{place}, constant {name}")
+    return codec_of(layout, values, str(place))

@@ -254,6 +254,7 @@ class _Job:
             chunk=change.chunk or source.chunk,
             compression_level=change.compression_level or source.compression_level,
             temperatures=source.temperatures if "log_z_tail" in optional else (),
+            kl_budget=source.kl_budget,
         )
         layout = replace(layout, hidden=source.hidden if "hidden" in optional else None)
         settings = _settings(first)
@@ -297,7 +298,9 @@ class _Job:
             if self.exact_mean is None:
                 total += tail_sum(stored, self.layout.top_k, self.layout.vocab_size, teacher.mean_tail)
         targets, of_row = Targets.concatenate(parts), np.concatenate(counts)
-        targets = replace(targets, logprobs=on_levels(targets.logprobs, logprob_levels(self.layout.top_k)))
+        targets = replace(
+            targets, logprobs=on_levels(targets.logprobs, logprob_levels(self.layout.top_k, self.layout.kl_budget))
+        )
         order = np.argsort(np.concatenate(where))
         if (np.diff(order) != 1).any():
             ends = np.cumsum(of_row)

@@ -4,9 +4,11 @@
       zarr.json               group; its attributes are ``Layout``: all that decoding needs
       vocabulary_order        [V] uint32        constant: the token of each rank
       logprob_levels          [L] float32       constant: -log p of each level
+      class_tokens            [C, M] uint32     constant: the list of each class; absent where C = 1
       token_codes             [S, K] uint16/32  one slot per target position, one object per shard
       logprob_gaps            [S, K] uint16/32
-      log_tail, tail_entropy, log_target, log_not_target   [S] float32
+      position_class          [S] uint8         absent where C = 1
+      tail_logit, tail_entropy, target_logit   [S] int32
       tail_sample_codes       [S, m] uint16/32  absent where m = 0
       log_z_tail              [S, n] float32    optional
       hidden                  [S, D] uint16/int8, and for int8 hidden_scale [S] float32    optional
@@ -20,8 +22,10 @@ A shard is ``rows_per_shard`` consecutive rows and owns ``shard_slots`` slots of
 shard's targets need. The slots it does not need are not stored. So the slot of a target follows from its row
 by arithmetic, and no index has to be read, listed or kept.
 
-Legend: S slots, K kept tokens, m samples, V vocabulary, L levels, n further temperatures,
-D hidden width.
+Version 1 has no classes, and float32 scalars ``log_tail``, ``tail_entropy``, ``log_target`` and ``log_not_target``.
+
+Legend: S slots, K kept tokens, m samples, V vocabulary, L levels, C classes, M tokens of a class, n further
+temperatures, D hidden width.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tailcache.storage.arrays import ArraySpec
-from tailcache.storage.codec import SCALARS, Codec
+from tailcache.storage.codec import KL_BUDGET, SCALARS, Codec
 from tailcache.storage.errors import ConfigError, FormatError
 from tailcache.storage.hidden import HiddenLayout
 
@@ -41,6 +45,7 @@ __all__ = [
     "TARGETS_FORMAT",
     "TARGETS_VERSION",
     "Layout",
+    "check_kl_budget",
     "check_name",
     "check_temperatures",
     "commit_path",
@@ -50,11 +55,18 @@ TARGETS_FORMAT = "tailcache targets"
 TARGETS_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 _CONSTANT_SHARD, _CONSTANT_CHUNK = 1 << 22, 1 << 16
+_GAP_BLOCK = 1 << 15  # bytes that share the compressor's tables: few ranks, whose gaps are alike
 _NOISE_LEVEL = 1  # of the compressor, for what is nearly noise: more would cost time and save nothing
 _SIZES = (
     "vocab_size", "top_k", "num_samples", "num_levels", "num_rows", "num_positions", "rows_per_shard", "shard_slots",
     "chunk", "compression_level",
 )  # fmt: skip
+_SIZES_2 = ("num_classes", "class_size", "scalar_steps")
+"""Whole numbers that came with version 2."""
+_SMALLEST = {"num_samples": 0, "class_size": 0}
+_KL_BUDGETS = (1e-8, 1e-3)
+_LARGEST_STEPS = 1 << 16
+_MAX_CLASSES = 256
 _TEMPERATURES = (1e-3, 1e3)  # far beyond these, logits over tau overflow float32, or masked ones count
 
 
@@ -78,6 +90,14 @@ class Layout:
     """Further temperatures of ``log_z_tail``, a column each; without any there is no such array."""
     hidden: HiddenLayout | None = None
     """How hidden states are stored; none where they are not."""
+    num_classes: int = 1
+    """C, classes of positions with lists of likely tokens of their own; 1: there are no lists."""
+    class_size: int = 0
+    """M, tokens in each list; 0 where there are none."""
+    scalar_steps: int = 1024
+    """Steps of the stored scalars to a nat."""
+    kl_budget: float = KL_BUDGET
+    """Nats per position that rounding may cost on average."""
     format_version: int = TARGETS_VERSION
     """Of the targets; new captures have the newest."""
 
@@ -96,7 +116,9 @@ class Layout:
         optional: dict[str, Any] = {"temperatures": list(self.temperatures)} if self.temperatures else {}
         if self.hidden is not None:
             optional["hidden"] = self.hidden.attributes()
-        sizes = {name: getattr(self, name) for name in _SIZES}
+        sizes: dict[str, Any] = {name: getattr(self, name) for name in _SIZES}
+        if self.format_version > 1:
+            sizes |= {name: getattr(self, name) for name in _SIZES_2} | {"kl_budget": self.kl_budget}
         return {"format": TARGETS_FORMAT, "format_version": self.format_version, **sizes, **optional}
 
     @staticmethod
@@ -115,10 +137,10 @@ class Layout:
                 f"{where}: expected format version {known}, found {version!r}; install the version of tailcache that "
                 "wrote it"
             )
-        smallest = {"num_samples": 0}
-        for name in _SIZES:
+        names = _SIZES if version == 1 else _SIZES + _SIZES_2
+        for name in names:
             value = attributes.get(name)
-            if type(value) is not int or not smallest.get(name, 1) <= value < 1 << 53:
+            if type(value) is not int or not _SMALLEST.get(name, 1) <= value < 1 << 53:
                 raise FormatError(f"{where}: expected a whole number for {name!r}, found {value!r}")
         temperatures = attributes.get("temperatures", [])
         is_list = isinstance(temperatures, list)
@@ -130,8 +152,15 @@ class Layout:
             stored = None if hidden is None else HiddenLayout.from_attributes(hidden)
         except ValueError as error:
             raise FormatError(f"{where}: 'hidden': {error}") from None
-        sizes = {name: attributes[name] for name in _SIZES}
-        layout = Layout(**sizes, temperatures=tuple(map(float, temperatures)), hidden=stored, format_version=version)
+        sizes = {name: attributes[name] for name in names}
+        budget = attributes.get("kl_budget", KL_BUDGET) if version > 1 else KL_BUDGET
+        problem = check_kl_budget(budget) or _classes_problem(sizes)
+        if problem:
+            raise FormatError(f"{where}: {problem}")
+        layout = Layout(
+            **sizes, temperatures=tuple(map(float, temperatures)), hidden=stored, kl_budget=float(budget),
+            format_version=version,
+        )  # fmt: skip
         if layout.top_k > layout.vocab_size or layout.shard_slots % layout.chunk:
             raise FormatError(f"{where}: sizes that contradict each other: {layout}")
         return layout
@@ -139,6 +168,7 @@ class Layout:
     def fields(self) -> dict[str, ArraySpec]:
         """The arrays that have one slot per target position, by name."""
         id_type, gap_type = Codec.id_type_for(self.vocab_size), Codec.gap_type_for(self.num_levels)
+        newest = self.format_version > 1
 
         def spec(
             name: str,
@@ -148,10 +178,11 @@ class Layout:
             transposed: bool = False,
             level: int | None = None,
             second: str = "rank",
+            **more: Any,
         ) -> ArraySpec:
             return ArraySpec(
                 name=name, dtype=dtype, columns=columns, column_major=transposed, meaning=meaning, chunk=self.chunk,
-                shard=self.shard_slots, level=level or self.compression_level, dimensions=("position", second),
+                shard=self.shard_slots, level=level or self.compression_level, dimensions=("position", second), **more,
             )  # fmt: skip
 
         meanings = {
@@ -159,12 +190,14 @@ class Layout:
             "tail_entropy": "nats, entropy of the normalised distribution outside the top-K",
             "log_target": "nats, log-probability of the true next token",
             "log_not_target": "nats, log of one minus the probability of the true next token",
+            "tail_logit": "log of the odds of a token outside the top-K",
+            "target_logit": "log of the odds of the true next token",
         }
         specs = [
             spec(
                 "token_codes",
-                id_type,
-                "ranks of the top-K tokens; differences where the gap is 0",
+                Codec.id_type_for(self.vocab_size, self.class_size),
+                "codes of the top-K tokens; differences where the gap is 0",
                 self.top_k,
             ),
             spec(
@@ -173,14 +206,23 @@ class Layout:
                 "differences of the top-K log-probs' levels",
                 self.top_k,
                 transposed=True,
+                block_bytes=_GAP_BLOCK if newest else 0,
             ),
-            *(spec(name, "float32", meanings[name]) for name in SCALARS),
         ]
+        if newest:
+            specs += [
+                spec(name, "int32", f"{meanings[name]}, in steps", shuffle="bitshuffle")
+                for name in ("tail_logit", "tail_entropy", "target_logit")
+            ]
+        else:
+            specs += [spec(name, "float32", meanings[name]) for name in SCALARS]
+        if self.num_classes > 1:
+            specs.append(spec("position_class", "uint8", "which class' list the token codes count in"))
         if self.num_samples:
             specs.append(
                 spec(
                     "tail_sample_codes", id_type, "differences of the sorted ranks of draws from the tail",
-                    self.num_samples, transposed=True,
+                    self.num_samples, transposed=not newest, second="draw" if newest else "rank",
                 )
             )  # fmt: skip
         if self.temperatures:
@@ -211,6 +253,13 @@ class Layout:
         }
         if self.format_version >= 2:  # no shard can make it again, so it is there twice
             constants["mean_tail_copy"] = spec("mean_tail_copy", "float32", "the same as mean_tail, for repair")
+        if self.num_classes > 1:
+            rows = max(1, _CONSTANT_CHUNK // self.class_size)
+            constants["class_tokens"] = ArraySpec(
+                name="class_tokens", dtype="uint32", columns=self.class_size, chunk=rows,
+                shard=rows * (_CONSTANT_SHARD // _CONSTANT_CHUNK), meaning="the tokens of each class",
+                level=9, dimensions=("class", "place"),
+            )  # fmt: skip
         if self.hidden is not None:
             rows = max(1, _CONSTANT_CHUNK // self.hidden.width)
             constants["head_weight"] = ArraySpec(
@@ -230,7 +279,12 @@ class Layout:
 
     def constant_length(self, name: str) -> int:
         """Number of elements of a constant's leading axis."""
-        return self.num_levels if name == "logprob_levels" else self.vocab_size
+        return {"logprob_levels": self.num_levels, "class_tokens": self.num_classes}.get(name, self.vocab_size)
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """The constants that decoding needs, ``storage.codec.learn_constants``."""
+        return ("vocabulary_order", "logprob_levels", *(("class_tokens",) if self.num_classes > 1 else ()))
 
 
 def check_temperatures(temperatures: Sequence[Any]) -> str:
@@ -241,6 +295,24 @@ def check_temperatures(temperatures: Sequence[Any]) -> str:
             return f"expected numbers from {low:g} to {high:g} and not 1, which is always stored; found {tau!r}"
     if len(set(temperatures)) < len(temperatures):
         return f"expected each temperature once, found {' '.join(f'{tau:g}' for tau in temperatures)}"
+    return ""
+
+
+def check_kl_budget(budget: Any) -> str:
+    """What is wrong with a budget of KL error; empty if nothing is."""
+    low, high = _KL_BUDGETS
+    if type(budget) not in (int, float) or not low <= budget <= high:
+        return f"kl_budget: expected a number of nats from {low:g} to {high:g}, found {budget!r}"
+    return ""
+
+
+def _classes_problem(sizes: dict[str, int]) -> str:
+    """What is wrong with the sizes of version 2 by themselves; empty if nothing is."""
+    num, size = sizes.get("num_classes", 1), sizes.get("class_size", 0)
+    if num > _MAX_CLASSES or size > sizes["vocab_size"] or (num > 1) != (size > 0):
+        return f"expected up to {_MAX_CLASSES} classes with lists of at most V tokens, found {num} with lists of {size}"
+    if sizes.get("scalar_steps", 1) > _LARGEST_STEPS:
+        return f"scalar_steps: expected at most {_LARGEST_STEPS}, found {sizes['scalar_steps']}"
     return ""
 
 

@@ -10,13 +10,13 @@ deterministic and nothing carries a time, so the bytes do not show how many proc
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tailcache.storage.codec import Codec, Targets, logprob_levels
+from tailcache.storage.codec import AnyCodec, Targets
 from tailcache.storage.commits import (
     MANIFEST_COPY,
     commit_chain,
@@ -35,77 +35,17 @@ from tailcache.storage.commits import (
 )
 from tailcache.storage.corpus import Corpus
 from tailcache.storage.durable import TEMPORARY, sha256
-from tailcache.storage.errors import ConfigError, CorruptError, MismatchError, StorageError
+from tailcache.storage.errors import CorruptError, MismatchError, StorageError
 from tailcache.storage.hidden import HiddenLayout, StoredHead
-from tailcache.storage.layout import Layout, check_name, check_temperatures, commit_path
+from tailcache.storage.layout import Layout, check_name, commit_path
 from tailcache.storage.place import Claim
+from tailcache.storage.plan import plan_layout
 from tailcache.storage.sealed import seal, unseal
 
 __all__ = ["Targets", "TargetsWriter", "differences", "plan_layout"]
 
 _PAUSES = (0.05, 3.0)
 """Seconds between two looks at what other processes do: at first, and at most."""
-
-
-def plan_layout(
-    corpus: Corpus,
-    *,
-    top_k: int,
-    num_samples: int,
-    shard_positions: int,
-    chunk: int = 8192,
-    compression_level: int = 9,
-    temperatures: Sequence[float] = (),
-) -> Layout:
-    """Cut a corpus into shards.
-
-    Args:
-      corpus: the positions to be covered.
-      top_k: tokens kept per position, 1 to V.
-      num_samples: draws from the tail per position; must be 0 where K = V, since there is no tail.
-      shard_positions: target positions per shard, on average.
-      chunk: slots per inner chunk.
-      compression_level: of blosc, 1 to 9.
-      temperatures: further ones at which the tail's sum is stored, in this order.
-
-    Raises:
-      ConfigError: a size or a temperature is out of range.
-    """
-    if not 1 <= top_k <= corpus.vocab_size:
-        raise ConfigError(f"top_k: expected 1 to the vocabulary size {corpus.vocab_size}, found {top_k}")
-    if num_samples < 0 or (num_samples and top_k == corpus.vocab_size):
-        raise ConfigError(
-            f"num_samples: expected 0 or more, and 0 where top_k equals the vocabulary size; found {num_samples}"
-        )
-    if shard_positions < 1 or chunk < 1 or not 1 <= compression_level <= 9:
-        raise ConfigError(
-            "expected shard_positions >= 1, chunk >= 1 and a compression level from 1 to 9; found "
-            f"{shard_positions}, {chunk} and {compression_level}"
-        )
-    problem = check_temperatures(temperatures)
-    if problem:
-        raise ConfigError(f"temperatures: {problem}")
-    rows_per_shard = max(1, round(shard_positions * corpus.num_rows / max(1, corpus.num_targets)))
-    rows_per_shard = min(rows_per_shard, corpus.num_rows)
-    largest = 1
-    for first in range(0, corpus.num_rows, rows_per_shard):
-        last = min(first + rows_per_shard, corpus.num_rows)
-        a, b = corpus.read("target_offsets", first, first + 1), corpus.read("target_offsets", last, last + 1)
-        largest = max(largest, int(b[0] - a[0]))
-    chunk = min(chunk, largest)
-    return Layout(
-        vocab_size=corpus.vocab_size,
-        top_k=top_k,
-        num_samples=num_samples,
-        num_levels=len(logprob_levels(top_k)),
-        num_rows=corpus.num_rows,
-        num_positions=corpus.num_targets,
-        rows_per_shard=rows_per_shard,
-        shard_slots=-(-largest // chunk) * chunk,
-        chunk=chunk,
-        compression_level=compression_level,
-        temperatures=tuple(map(float, temperatures)),
-    )
 
 
 class TargetsWriter:
@@ -164,7 +104,7 @@ class TargetsWriter:
         }
         self._provenance = provenance or {}
         self._manifest_seal = ""
-        self._codec: Codec | None = None
+        self._codec: AnyCodec | None = None
         self._claims: dict[int, Claim] = {}
         self._state = threading.Lock()  # shards are taken in one thread and written in another
         self._changed = threading.Event()

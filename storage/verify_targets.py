@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tailcache.storage.alignment import next_tokens, target_positions
-from tailcache.storage.codec import SCALARS, Targets
+from tailcache.storage.codec import SCALARS, Targets, max_step
 from tailcache.storage.corpus import Rows
 from tailcache.storage.hidden import StoredHead, finite_bfloat16, hidden_float32
 from tailcache.storage.layout import Layout
@@ -21,7 +21,6 @@ _BLOCK_POSITIONS = 1 << 15
 _BLOCK_TOKENS = 1 << 12
 _PRODUCTS = 32  # positions of a block whose whole distribution is computed
 _RELATIVE = 2.0**-12  # four times the codec's rounding of a scalar
-_LEVEL_SLACK = 0.26  # nats; half of the widest step up and down
 _ROUNDING = 1e-3  # nats; of logits in float32
 _UNDERFLOW = 1e-37  # a scale of int8 so small that float32 loses it
 
@@ -58,14 +57,14 @@ def teacher_problems(teacher: Teacher) -> Iterator[tuple[int | None, str]]:
             for problem in itertools.chain(
                 _target_problems(targets, rows, layout),
                 _tempered_problems(targets, layout),
-                _hidden_problems(targets, head) if head is not None else (),
+                _hidden_problems(targets, head, _level_slack(layout)) if head is not None else (),
             ):
                 yield shard, f"rows [{a}, {b}): {problem}"
         record = teacher.commit(shard)
         if record.positions != found:
             yield shard, f"expected {record.positions} positions, found {found}"
         for name, value in sums.items():
-            if abs(value - record.sums[name]) > 1e-3 * (1 + abs(value)):
+            if abs(value - record.sums[name]) > (1e-3 + _scalar_error(layout)) * (1 + abs(value)):
                 yield shard, f"sum of {name}: stored {record.sums[name]}, computed {value}"
         total += found
     if total != teacher.num_targets:
@@ -88,7 +87,7 @@ def _target_problems(targets: Targets, rows: Rows, layout: Layout) -> Iterator[s
             yield f"{name}: expected logs of probabilities, found {values[np.isnan(values) | (values > 0)][:3]}"
     tail = layout.vocab_size - layout.top_k
     largest = np.log(tail) if tail else 0.0
-    if (targets.tail_entropy < -1e-3).any() or (targets.tail_entropy > largest * (1 + _RELATIVE) + 1e-3).any():
+    if (targets.tail_entropy < -2e-3).any() or (targets.tail_entropy > largest * (1 + _RELATIVE) + 2e-3).any():
         yield f"tail_entropy: expected 0 to log({tail}) nats, found up to {targets.tail_entropy.max()}"
     if np.isneginf(targets.log_tail).any() != (tail == 0):
         yield "log_tail: expected -inf exactly where the top-K is the whole vocabulary"
@@ -100,13 +99,12 @@ def _target_problems(targets: Targets, rows: Rows, layout: Layout) -> Iterator[s
     inside = hits.any(axis=1)
     stored = targets.logprobs[inside][hits[inside]]
     exact = targets.log_target[inside]
-    off = np.abs(stored - exact) > _LEVEL_SLACK + np.maximum(0, -exact - 64) / 128 + _RELATIVE * np.abs(exact)
+    slack = _level_slack(layout) + _scalar_error(layout)
+    off = np.abs(stored - exact) > slack + np.maximum(0, -exact - 64) / 128 + _RELATIVE * np.abs(exact)
     if off.any():
         yield "log_target: not the top-K's own value where the true next token is one of them; misaligned?"
     last = targets.logprobs[~inside][:, -1]
-    outside = targets.log_target[~inside] > last + _LEVEL_SLACK + np.maximum(0, -last - 64) / 128 + _RELATIVE * np.abs(
-        last
-    )
+    outside = targets.log_target[~inside] > last + slack + np.maximum(0, -last - 64) / 128 + _RELATIVE * np.abs(last)
     if outside.any():
         yield "log_target: more likely than the top-K though the true next token is not one of them; misaligned?"
 
@@ -124,11 +122,13 @@ def _tempered_problems(targets: Targets, layout: Layout) -> Iterator[str]:
         return
     log_tail, entropy = targets.log_tail.astype(np.float64), targets.tail_entropy.astype(np.float64)
     last = targets.logprobs[:, -1].astype(np.float64)
-    last_slack = _LEVEL_SLACK + np.maximum(0, -last - 64) / 128  # the last stored log-prob is a level's
+    # The last stored log-prob is a level's.
+    last_slack = _level_slack(layout) + _scalar_error(layout) + np.maximum(0, -last - 64) / 128
     for i, tau in enumerate(layout.temperatures):
         stored = targets.log_z_tail[:, i].astype(np.float64)
         renyi = (stored - log_tail / tau) / (1 - 1 / tau)
-        slack = 1e-3 + _RELATIVE * ((np.abs(stored) + np.abs(log_tail) / tau) / abs(1 - 1 / tau) + entropy)
+        rounding = _scalar_error(layout) * (1 + 1 / abs(tau - 1))  # of the log of the tail's mass, and of the entropy
+        slack = 1e-3 + rounding + _RELATIVE * ((np.abs(stored) + np.abs(log_tail) / tau) / abs(1 - 1 / tau) + entropy)
         low = entropy if tau > 1 else np.maximum(0, log_tail - last - last_slack)
         high = np.full(len(stored), np.log(tail)) if tau > 1 else entropy
         off = ~np.isfinite(stored) | ~((renyi >= low - slack) & (renyi <= high + slack))
@@ -140,7 +140,7 @@ def _tempered_problems(targets: Targets, layout: Layout) -> Iterator[str]:
             )
 
 
-def _hidden_problems(targets: Targets, head: StoredHead) -> Iterator[str]:
+def _hidden_problems(targets: Targets, head: StoredHead, level_slack: float) -> Iterator[str]:
     """Hidden states by themselves at every position, and times the head against the top-K at some: all takes hours.
 
     Rounding a hidden state by e moves a token's logit by at most |e| . |w|, w being its weights; soft caps: by less.
@@ -179,12 +179,22 @@ def _hidden_problems(targets: Targets, head: StoredHead) -> Iterator[str]:
     largest_T = logits_TV.max(axis=1)
     log_total_T = largest_T + np.log(np.exp(logits_TV - largest_T[:, None]).sum(axis=1))
     off_T = np.abs(logits_TV[every, first_T] - log_total_T - some.logprobs[:, 0])
-    if (off_T > error_TV[every, first_T] + error_TV.max(axis=1) + _LEVEL_SLACK + _ROUNDING).any():
+    if (off_T > error_TV[every, first_T] + error_TV.max(axis=1) + level_slack + _ROUNDING).any():
         t = int(np.argmax(off_T))
         yield (
             f"hidden: times the head, expected log-probability {some.logprobs[t, 0]} for token {first_T[t]}, found "
             f"{logits_TV[t, first_T[t]] - log_total_T[t]}; misaligned?"
         )
+
+
+def _level_slack(layout: Layout) -> float:
+    """Nats; half of the widest step up and down."""
+    return max_step(layout.kl_budget) + 0.01
+
+
+def _scalar_error(layout: Layout) -> float:
+    """Nats; half of a step."""
+    return 0.5 / layout.scalar_steps
 
 
 def _any_member(samples: NDArray[np.int32], sorted_ids: NDArray[np.int32], vocab_size: int) -> bool:

@@ -166,14 +166,16 @@ def make_exact(
     temperatures: tuple[float, ...] = (),
     hidden: HiddenKind | None = None,
     head: StoredHead | None = None,
+    **plan: Any,
 ) -> Exact:
     """Random distributions for every target position of a corpus, cut into shards.
 
-    With ``hidden`` they are exactly those of random hidden states, as they are stored, and of ``head``.
+    With ``hidden`` they are exactly those of random hidden states, as they are stored, and of ``head``. Further
+    settings are those of ``plan_layout``.
     """
     layout = plan_layout(
         corpus, top_k=top_k, num_samples=num_samples, shard_positions=shard_positions, chunk=chunk,
-        temperatures=temperatures,
+        temperatures=temperatures, **plan,
     )  # fmt: skip
     generator = np.random.default_rng([seed, 5])
     stored: dict[str, NDArray[Any]] = {}

@@ -125,12 +125,12 @@ def test_a_copy_can_be_killed_anywhere(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_damaged_source_is_not_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _cache(tmp_path)
-    damaged = tmp_path / "cache" / "teachers" / "t" / "log_tail" / "c" / "1"
+    damaged = tmp_path / "cache" / "teachers" / "t" / "tail_logit" / "c" / "1"
     data = bytearray(damaged.read_bytes())
     data[3] ^= 1
     damaged.write_bytes(data)
     assert main(["derive", str(tmp_path / "cache"), str(tmp_path / "copy")]) == 1
-    assert "log_tail/c/1" in capsys.readouterr().err
+    assert "tail_logit/c/1" in capsys.readouterr().err
     with pytest.raises(TailcacheError):
         open_cache(tmp_path / "copy").teacher("t")
 

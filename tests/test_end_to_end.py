@@ -147,7 +147,7 @@ def test_info_and_verify(run_folder: Path, capsys: pytest.CaptureFixture[str]) -
     cache = str(run_folder / "cache")
     assert main(["info", "--cache", cache]) == 0
     printed = capsys.readouterr().out
-    for field in ("token_codes", "logprob_gaps", "tail_sample_codes", "log_not_target"):
+    for field in ("token_codes", "logprob_gaps", "tail_sample_codes", "target_logit"):
         assert field in printed
     assert main(["verify", "--cache", cache]) == 0
 

@@ -281,7 +281,7 @@ def test_it_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     assert first == {p.name: p.read_bytes() for p in _export(tmp_path, "again").rglob("*") if p.is_file()}
     with pytest.raises(MismatchError, match="expected no files there yet"):
         _export(tmp_path)
-    damaged = tmp_path / "cache" / "teachers" / "t" / "log_tail" / "c" / "1"
+    damaged = tmp_path / "cache" / "teachers" / "t" / "tail_logit" / "c" / "1"
     os.truncate(damaged, 3)
     with pytest.raises(CorruptError, match="shard 1"):
         _export(tmp_path, "third")

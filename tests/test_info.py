@@ -68,7 +68,7 @@ def test_a_finished_teacher(built: tuple[Corpus, list[Position]]) -> None:
         assert done["bytes_per_position"][field] == pytest.approx(size / len(positions))
     assert done["bytes_per_position_total"] == pytest.approx(done["bytes_total"] / len(positions))
     assert set(done["bytes"]) == {
-        "token_codes", "logprob_gaps", "log_tail", "tail_entropy", "log_target", "log_not_target", "tail_sample_codes",
+        "token_codes", "logprob_gaps", "tail_logit", "tail_entropy", "target_logit", "tail_sample_codes",
     }  # fmt: skip
     assert done["constant_bytes"] == {
         name: on_disk(folder / name / "c")
@@ -100,7 +100,7 @@ def test_an_unfinished_teacher(built: tuple[Corpus, list[Position]]) -> None:
     assert (half["name"], half["complete"], half["shards_committed"]) == ("half", False, 1)
     assert 0 < half["positions_committed"] < half["positions"]
     assert "tail_sample_codes" not in half["bytes"]
-    assert half["bytes_per_position"]["log_tail"] == half["bytes"]["log_tail"] / half["positions_committed"]
+    assert half["bytes_per_position"]["tail_logit"] == half["bytes"]["tail_logit"] / half["positions_committed"]
     text = info_text(cache_info(cache_folder(corpus)))
     assert "half: NOT FINISHED" in text
     assert f"of {half['shards']} committed" in text

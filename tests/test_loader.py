@@ -290,8 +290,8 @@ def test_workers_that_are_spawned(teacher: Teacher) -> None:
 def test_damage_is_an_error_of_the_consumer(tmp_path: Path, num_workers: int) -> None:
     make_exact(make_corpus(tmp_path, lengths=LENGTHS), shard_positions=60, chunk=8).write("t")
     teacher = open_cache(tmp_path).teacher("t")
-    (tmp_path / "teachers" / "t" / "log_tail" / "c" / "2").unlink()
-    with pytest.raises(CorruptError, match="shard 2, field log_tail"):
+    (tmp_path / "teachers" / "t" / "tail_logit" / "c" / "2").unlink()
+    with pytest.raises(CorruptError, match="shard 2, field tail_logit"):
         list(loader_of(teacher, num_workers=num_workers))
 
 

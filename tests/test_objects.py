@@ -38,7 +38,7 @@ def test_equals_zarr(tmp_path: Path, vocab_size: int, top_k: int, num_samples: i
 def test_every_flipped_byte_of_what_is_read_is_refused(tmp_path: Path) -> None:
     exact = make_exact(make_corpus(tmp_path), chunk=4)
     exact.write("t")
-    for name in ("logprob_gaps", "log_tail"):
+    for name in ("logprob_gaps", "tail_logit"):
         spec = exact.layout.fields()[name]
         path = tmp_path / "teachers" / "t" / spec.object_path(0)
         data = path.read_bytes()
@@ -61,6 +61,6 @@ def test_slots_that_are_not_stored_are_refused(tmp_path: Path) -> None:
     """Behind the last value there is nothing; asking for it is damage, not zeros."""
     exact = make_exact(make_corpus(tmp_path, lengths=(30, 3)), top_k=2, num_samples=0, shard_positions=1, chunk=4)
     exact.write("t")
-    spec = exact.layout.fields()["log_tail"]
+    spec = exact.layout.fields()["tail_logit"]
     with pytest.raises(CorruptError, match="chunk 1 is not stored"):
         read_object(LocalPlace(tmp_path / "teachers" / "t"), spec.object_path(1), spec, 0, 8, "here")

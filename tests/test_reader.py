@@ -109,7 +109,7 @@ def test_values_are_those_written(shared: Exact) -> None:
     assert (np.sort(whole.token_ids) == np.sort(shared.targets.token_ids)).all()
     assert (np.sort(whole.tail_samples) == np.sort(shared.targets.tail_samples)).all()
     for name in ("log_tail", "tail_entropy", "log_target", "log_not_target"):
-        np.testing.assert_allclose(getattr(whole, name), getattr(shared.targets, name), rtol=2.0**-14)
+        np.testing.assert_allclose(getattr(whole, name), getattr(shared.targets, name), atol=2.0**-10)
     np.testing.assert_allclose(whole.logprobs, shared.targets.logprobs, atol=0.13)
 
 
@@ -200,7 +200,7 @@ def cut(path: Path, kept: slice) -> None:
     path.write_bytes(path.read_bytes()[kept])
 
 
-@pytest.mark.parametrize("field", ["token_codes", "logprob_gaps", "log_tail", "tail_sample_codes", "log_target"])
+@pytest.mark.parametrize("field", ["token_codes", "logprob_gaps", "tail_logit", "tail_sample_codes", "target_logit"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_objects_name_shard_and_field(exact: Exact, field: str, damage: str) -> None:
     path = cache_folder(exact.corpus)
@@ -226,7 +226,7 @@ def test_objects_of_the_same_size_that_were_exchanged_are_noticed(tmp_path: Path
     corpus = make_corpus(tmp_path, lengths=(9,) * 6, seed=3)
     exact = make_exact(corpus, shard_positions=1, chunk=2, top_k=1, num_samples=0)
     exact.write("t")
-    folder = tmp_path / "teachers" / "t" / "log_target" / "c"
+    folder = tmp_path / "teachers" / "t" / "target_logit" / "c"
     sizes: dict[int, list[Path]] = {}
     for path in sorted(folder.iterdir()):
         sizes.setdefault(path.stat().st_size, []).append(path)
@@ -234,7 +234,7 @@ def test_objects_of_the_same_size_that_were_exchanged_are_noticed(tmp_path: Path
     assert one.read_bytes() != other.read_bytes()
     swap(one, other)
     for path in (one, other):
-        with pytest.raises(CorruptError, match=f"shard {path.name}, field log_target"):
+        with pytest.raises(CorruptError, match=f"shard {path.name}, field target_logit"):
             open_cache(tmp_path).teacher("t").row(int(path.name))
 
 
@@ -243,8 +243,8 @@ def test_an_object_that_disappears_while_reading_is_never_zeros(exact: Exact) ->
     teacher = open_cache(path).teacher("t")
     whole = teacher.rows(0, exact.corpus.num_rows)
     assert len(whole)
-    (path / "teachers" / "t" / "log_tail" / "c" / "1").unlink()
-    with pytest.raises(CorruptError, match="shard 1, field log_tail"):
+    (path / "teachers" / "t" / "tail_logit" / "c" / "1").unlink()
+    with pytest.raises(CorruptError, match="shard 1, field tail_logit"):
         teacher.rows(0, exact.corpus.num_rows)
     (path / "corpus" / "tokens" / "c" / "0").unlink()
     with pytest.raises(CorruptError, match="tokens"):
@@ -293,7 +293,7 @@ def outcome(path: Path) -> tuple[list[NDArray[Any]], TailcacheError | None]:
         "teachers/t/logprob_levels/c/0",
         "teachers/t/mean_tail/c/0",
         "teachers/t/mean_tail/zarr.json",
-        "teachers/t/log_tail/zarr.json",
+        "teachers/t/tail_logit/zarr.json",
         "corpus/manifest.json",
         "corpus/checksums.json",
         "corpus/tokens/zarr.json",
@@ -318,8 +318,8 @@ def test_exchanged_records_and_arrays(exact: Exact, tmp_path: Path) -> None:
     folder = path / "teachers" / "t"
     for one, other, message in (
         (folder / "commits/00000000.json", folder / "commits/00000001.json", "another shard"),
-        (folder / "log_target/c/0", folder / "log_not_target/c/0", "shard 0, field log_target"),
-        (folder / "log_target/zarr.json", folder / "log_tail/zarr.json", "log_t[a-z]*/zarr.json: missing or not"),
+        (folder / "target_logit/c/0", folder / "tail_entropy/c/0", "shard 0, field tail_entropy"),
+        (folder / "target_logit/zarr.json", folder / "tail_logit/zarr.json", "_logit/zarr.json: missing or not"),
         (path / "corpus/supervised/c/0", path / "corpus/document_start/c/0", "document_start/c/0"),
         (path / "corpus/row_offsets/c/0", path / "corpus/target_offsets/c/0", "row_offsets/c/0"),
     ):

@@ -215,7 +215,7 @@ def test_verify_finds_damage_in_the_bucket_and_not_in_copies(
     place = open_place(caches.url)
     teacher = open_cache(caches.url).teacher("a")
     teacher.rows(0, teacher.corpus.num_rows)  # now there are copies
-    name = next(name for name, _ in place.files("teachers/a/log_tail/c"))
+    name = next(name for name, _ in place.files("teachers/a/tail_logit/c"))
     whole = place.read(name)
     place.write(name, whole[:40] + bytes([whole[40] ^ 1]) + whole[41:])
     try:

@@ -301,7 +301,7 @@ def test_a_claim_that_ended_unnoticed(exact: Exact) -> None:
     assert late_first.write_shard(0, *exact.shards[0]) > 0
     assert late_second.write_shard(1, *exact.shards[1]) > 0
     targets, tail_sum = exact.shards[1]
-    other = dataclasses.replace(targets, log_target=targets.log_target * 1.5)
+    other = dataclasses.replace(targets, tail_entropy=targets.tail_entropy * 1.5)
     with pytest.raises(MismatchError, match="another process has committed other bytes"):
         late(1).write_shard(1, other, tail_sum)
     assert tree(one_folder(exact)) == good

@@ -92,7 +92,7 @@ def test_flipped_bytes_of_every_file_are_found(exact: Exact) -> None:
 @pytest.mark.slow
 def test_every_single_byte_of_some_files(exact: Exact) -> None:
     root = cache_folder(exact.corpus)
-    for name, step in (("teachers/t/log_tail/c/1", 1), ("teachers/t/complete.json", 4)):
+    for name, step in (("teachers/t/tail_logit/c/1", 1), ("teachers/t/complete.json", 4)):
         data = (root / name).read_bytes()
         for offset in range(0, len(data), step):
             flip(root / name, offset, 1 << (offset % 8))
@@ -125,7 +125,7 @@ def test_added_files_are_found(exact: Exact) -> None:
         "note.txt",
         "corpus/extra",
         "corpus/tokens/c/1",
-        "teachers/t/log_tail/c/99",
+        "teachers/t/tail_logit/c/99",
         "teachers/t/commits/00000099.json",
         "teachers/stray",
     ):
@@ -140,7 +140,8 @@ def test_exchanged_files_are_found_with_shard_and_field(exact: Exact) -> None:
     root = cache_folder(exact.corpus)
     folder = root / "teachers" / "t"
     pairs = [
-        (folder / field / "c" / "0", folder / field / "c" / "1") for field in ("log_tail", "log_target", "tail_entropy")
+        (folder / field / "c" / "0", folder / field / "c" / "1")
+        for field in ("tail_logit", "target_logit", "tail_entropy")
     ]
     pairs += [(folder / field / "c/0/0", folder / field / "c/1/0") for field in ("token_codes", "logprob_gaps")]
     for one, other in pairs:
@@ -161,7 +162,7 @@ def test_all_faults_are_listed(exact: Exact) -> None:
     root = cache_folder(exact.corpus)
     damaged = [
         "corpus/tokens/c/0",
-        "teachers/t/log_tail/c/1",
+        "teachers/t/tail_logit/c/1",
         "teachers/t/commits/00000000.json",
         "teachers/t/zarr.json",
     ]
@@ -210,8 +211,8 @@ def test_unfinished_captures(tmp_path: Path) -> None:
             exact.write("t")
         assert verify(tmp_path) == [], counter.names[number]
         if (tmp_path / "teachers/t/commits/00000000.json").exists():
-            flip(tmp_path / "teachers/t/log_tail/c/0", 9)
-            assert names(verify(tmp_path)) == {"teachers/t/log_tail/c/0"}
+            flip(tmp_path / "teachers/t/tail_logit/c/0", 9)
+            assert names(verify(tmp_path)) == {"teachers/t/tail_logit/c/0"}
             damaged += 1
         shutil.rmtree(tmp_path / "teachers" / "t", ignore_errors=True)
     assert damaged > 5
@@ -255,7 +256,7 @@ def test_what_a_fast_verification_finds(exact: Exact) -> None:
 
 def test_the_report_names_path_shard_field_and_remedy(exact: Exact, tmp_path_factory: pytest.TempPathFactory) -> None:
     root = cache_folder(exact.corpus)
-    flip(root / "teachers/t/log_tail/c/1", 30)
+    flip(root / "teachers/t/tail_logit/c/1", 30)
     (root / "note").write_bytes(b"x")
     (root / "quarantine/teachers/t").mkdir(parents=True)
     (root / "quarantine/teachers/t/anything").write_bytes(b"put aside")
@@ -272,8 +273,8 @@ def test_the_report_names_path_shard_field_and_remedy(exact: Exact, tmp_path_fac
         "positions": exact.corpus.num_targets,
     }  # fmt: skip
     damaged, stray = report["faults"]
-    assert (damaged["path"], damaged["teacher"]) == ("teachers/t/log_tail/c/1", "t")
-    assert (damaged["shard"], damaged["field"]) == (1, "log_tail")
+    assert (damaged["path"], damaged["teacher"]) == ("teachers/t/tail_logit/c/1", "t")
+    assert (damaged["shard"], damaged["field"]) == (1, "tail_logit")
     assert "checksum" in damaged["problem"]
     assert "verify --repair --teacher" in damaged["remedy"]
     assert (stray["path"], stray["teacher"]) == ("note", None)
@@ -291,7 +292,7 @@ def test_a_damaged_manifest_hides_no_other_damage(exact: Exact) -> None:
     """Its copy says what all else should be."""
     root = cache_folder(exact.corpus)
     folder = root / "teachers/t"
-    flip(folder / "log_target/c/0", 9)
+    flip(folder / "target_logit/c/0", 9)
     for name in ("manifest.json", "manifest_copy.json"):
         data = (folder / name).read_bytes()
         for damage in (data[:-2], data.replace(b"a", b"b", 1), b"", None):
@@ -299,5 +300,5 @@ def test_a_damaged_manifest_hides_no_other_damage(exact: Exact) -> None:
                 (folder / name).unlink()
             else:
                 (folder / name).write_bytes(damage)
-            assert names(verify(root)) == {f"teachers/t/{name}", "teachers/t/log_target/c/0"}
+            assert names(verify(root)) == {f"teachers/t/{name}", "teachers/t/target_logit/c/0"}
             (folder / name).write_bytes(data)

@@ -55,8 +55,10 @@ def make_corpus(cache: Path) -> Corpus:
 
 
 def write_plain(corpus: Corpus) -> None:
-    """What every cache has."""
-    layout = plan_layout(corpus, top_k=TOP_K, num_samples=NUM_SAMPLES, shard_positions=6, chunk=4)
+    """What every cache has, and classes of positions, for which so small a corpus would not be given any."""
+    layout = plan_layout(
+        corpus, top_k=TOP_K, num_samples=2 * NUM_SAMPLES, shard_positions=6, chunk=4, classes=(2, 4)
+    )  # fmt: skip
     generator = np.random.default_rng(1)
     logits = np.round(generator.normal(size=(corpus.num_targets, VOCAB_SIZE)) * 3)  # rounded, so that there are ties
     logprobs = log_softmax(logits)
@@ -67,7 +69,7 @@ def write_plain(corpus: Corpus) -> None:
         for shard in range(layout.num_shards):
             first, last = layout.shard_rows(shard)
             part = slice(int(offsets[first]), int(offsets[last]))
-            writer.write_shard(shard, *summarise(logprobs[part], following[part], TOP_K, NUM_SAMPLES, seed=shard))
+            writer.write_shard(shard, *summarise(logprobs[part], following[part], TOP_K, 2 * NUM_SAMPLES, seed=shard))
         writer.finish()
 
 
