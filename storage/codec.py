@@ -69,8 +69,11 @@ __all__ = [
     "vocabulary_order",
 ]
 
-_BLOCK, _BLOCK_IDS = 2048, 1 << 17  # positions and ids decoded at a time, so that they stay in the processor's cache
+_BLOCK, _BLOCK_IDS = 2048, 1 << 17
 _FEW = 128  # terms of a sum in float32
+_PAD = 16
+"""Rows that are a power of two apart in memory compete for the same lines of the processor's cache, and transposing
+them takes nine times as long."""
 _scratch = threading.local()  # kept between calls: touching new memory takes longer than what is done with it
 
 
@@ -240,7 +243,7 @@ class Codec:
         num, top_k = gaps_TK.shape
         name = f"{where}, logprob_gaps"
         _check(gaps_TK, len(self._minus_levels), name)
-        levels_KT = _buffer("by rank", (top_k, num), self._level_type)
+        levels_KT = _buffer("by rank", (top_k, num), self._level_type, _PAD)
         np.copyto(levels_KT, gaps_TK.T, casting="unsafe")
         for k in range(1, top_k):
             np.add(levels_KT[k], levels_KT[k - 1], out=levels_KT[k])
@@ -267,9 +270,9 @@ class Codec:
     ) -> None:
         """Undo the differences rank by rank, over all positions at once; look up in the class' list or the order."""
         (num, top_k), kind = codes_TK.shape, codes_TK.dtype
-        codes_KT = _buffer("by rank", (top_k, num), kind)
+        codes_KT = _buffer("by rank", (top_k, num), kind, _PAD)
         np.copyto(codes_KT, codes_TK.T)
-        same_KT = _buffer("same", (top_k, num), kind)  # all bits set where the level is that of the rank before
+        same_KT = _buffer("same", (top_k, num), kind, _PAD)  # all bits set where the level is that of the rank before
         np.copyto(same_KT, gaps_TK.T == 0)
         np.negative(same_KT, out=same_KT)
         for k in range(2, top_k):
@@ -294,11 +297,14 @@ class Codec:
     def _decode_samples(
         self, samples_Tm: NDArray[Any], places: NDArray[np.intp], out_Tm: NDArray[np.int32], where: str
     ) -> None:
-        kind = samples_Tm.dtype
-        sorted_Tm = _buffer("by position", samples_Tm.shape, kind)
-        np.take(samples_Tm, places, axis=1, out=sorted_Tm, mode="clip")
-        ranks_Tm = np.cumsum(sorted_Tm, axis=1, dtype=kind, out=_buffer("by rank", samples_Tm.shape, kind))
-        _check(ranks_Tm, len(self._order), f"{where}, tail_sample_codes")
+        (num, num_samples), kind = samples_Tm.shape, samples_Tm.dtype
+        ranks_mT = _buffer("by rank", (num_samples, num), kind, _PAD)
+        ranks_mT[0] = samples_Tm[:, places[0]]
+        for j in range(1, num_samples):
+            np.add(ranks_mT[j - 1], samples_Tm[:, places[j]], out=ranks_mT[j])
+        _check(ranks_mT, len(self._order), f"{where}, tail_sample_codes")
+        ranks_Tm = _buffer("by position", (num, num_samples), kind)
+        np.copyto(ranks_Tm, ranks_mT.T)
         np.take(self._tokens, ranks_Tm, out=out_Tm, mode="clip")
 
 
@@ -351,14 +357,19 @@ def sample_columns(num_samples: int) -> NDArray[np.intp]:
     return np.array(order, np.intp)
 
 
-def _buffer(name: str, shape: tuple[int, int], kind: np.dtype[Any]) -> NDArray[Any]:
-    """An array with anything in it, in memory of this thread's that the next call with the same name uses again."""
-    size = shape[0] * shape[1] * kind.itemsize
+def _buffer(name: str, shape: tuple[int, int], kind: np.dtype[Any], pad: int = 0) -> NDArray[Any]:
+    """An array with anything in it, in memory of this thread's that the next call with the same name uses again.
+
+    With ``pad`` unused elements behind each row, of which see ``_PAD``.
+    """
+    rows, columns = shape[0], shape[1] + pad
+    size = rows * columns * kind.itemsize
     held: NDArray[np.uint8] | None = getattr(_scratch, name, None)
     if held is None or len(held) < size:
         held = np.empty(size, np.uint8)
         setattr(_scratch, name, held)
-    return held[:size].view(kind).reshape(shape)
+    values: NDArray[Any] = held[:size].view(kind).reshape(rows, columns)[:, : shape[1]]
+    return values
 
 
 def _check(codes: NDArray[Any], size: int, where: str) -> None:
