@@ -324,7 +324,7 @@ def codec_of(layout: Layout, constants: Mapping[str, NDArray[Any]], where: str =
     """
     order, levels = constants["vocabulary_order"], constants["logprob_levels"]
     if layout.format_version == 1:
-        return CodecV1(order, levels)
+        return CodecV1(order, levels, where)
     return Codec(order, levels, constants.get("class_tokens"), layout.scalar_steps, where)
 
 

@@ -30,9 +30,17 @@ class CodecV1:
     Args:
       order: [V] the token of each rank.
       levels: [L] the table of ``logprob_levels``.
+      where: what to call them in an error.
+
+    Raises:
+      CorruptError: ``order`` is no permutation, or the levels do not increase from 0.
     """
 
-    def __init__(self, order: NDArray[np.uint32], levels: NDArray[np.float32]) -> None:
+    def __init__(self, order: NDArray[np.uint32], levels: NDArray[np.float32], where: str = "targets") -> None:
+        if not np.array_equal(np.sort(order), np.arange(len(order))):
+            raise CorruptError(f"{where}, vocabulary_order: expected every token from 0 to {len(order) - 1} once")
+        if len(levels) == 0 or levels[0] != 0 or not (np.isfinite(levels).all() and (np.diff(levels) > 0).all()):
+            raise CorruptError(f"{where}, logprob_levels: expected finite numbers that increase from 0")
         self._token_of_rank = order.astype(np.int32)
         self._rank_of_token = np.empty(len(order), dtype=np.int64)
         self._rank_of_token[order] = np.arange(len(order))

@@ -9,6 +9,7 @@ from tailcache.storage.codec import KL_BUDGET, logprob_levels, scalar_steps
 from tailcache.storage.corpus import Corpus
 from tailcache.storage.errors import ConfigError
 from tailcache.storage.layout import Layout, check_kl_budget, check_temperatures
+from tailcache.storage.limits import layout_problem
 
 __all__ = ["plan_layout"]
 
@@ -75,7 +76,7 @@ def plan_layout(
             num_positions=corpus.num_targets,
             first_positions=int(corpus.read("target_offsets", second, second + 1)[0]),
         )
-    return Layout(
+    layout = Layout(
         vocab_size=corpus.vocab_size,
         top_k=top_k,
         num_samples=num_samples,
@@ -92,3 +93,7 @@ def plan_layout(
         scalar_steps=scalar_steps(kl_budget),
         kl_budget=float(kl_budget),
     )
+    problem = layout_problem(layout)
+    if problem:
+        raise ConfigError(f"{problem}; choose a smaller chunk, shard, K or number of draws")
+    return layout

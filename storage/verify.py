@@ -35,6 +35,7 @@ from tailcache.storage.records import (
 )
 from tailcache.storage.sealed import MAX_BYTES
 from tailcache.storage.verify_corpus import corpus_problems
+from tailcache.storage.verify_metadata import corpus_metadata_problems, teacher_metadata_problems
 from tailcache.storage.verify_targets import teacher_problems
 
 __all__ = ["QUARANTINE", "Fault", "Level", "TeacherState", "Verification", "inspect", "verify"]
@@ -50,6 +51,7 @@ _OF_CORPUS = (
 )
 _REPAIR = "run `tailcache verify --repair --teacher …` with the teacher, or restore it from a copy"
 _RECORDS = "run `tailcache verify --repair`, or restore it from a copy"
+_LINK = "put what it points to in its place, or delete it"
 _STRAY = "run `tailcache verify --repair` to move it to quarantine, or delete it"
 
 
@@ -253,6 +255,13 @@ class _Check:
             self._pass_on(error)
             return error
 
+    def _metadata(self, folder: str, problems: Iterable[tuple[str, str | None, str]], remedy: str) -> None:
+        """What files of metadata say, where they are what was written: else that has been said."""
+        said = {fault.path for fault in self.found.faults}
+        for name, of, problem in problems:
+            if folder + name not in said:
+                self._fault(folder + name, problem, remedy, field=of)
+
     # -- the corpus --------------------------------------------------------------------------------------------
 
     def corpus(self) -> None:
@@ -267,7 +276,7 @@ class _Check:
         if self._corpus_record is None or listed is None:
             return
         try:
-            arrays = corpus_arrays(self._corpus_record.vocab_size)
+            arrays = corpus_arrays(self._corpus_record.vocab_size, part=self._corpus_record.parent is not None)
             checksums = parse_checksums(listed, "corpus/checksums.json", self._corpus_record, arrays)
         except TailcacheError as error:
             self._fault("corpus/checksums.json", str(error), _OF_CORPUS)
@@ -276,6 +285,8 @@ class _Check:
         for name, expected in sorted(checksums.files.items()):
             of = name.split("/")[0] if "/c/" in name else None
             self._match(f"corpus/{name}", expected, _OF_CORPUS, field=of)
+        place = self.place / "corpus"
+        self._metadata("corpus/", corpus_metadata_problems(place, self._corpus_record, arrays), _OF_CORPUS)
         if len(self.found.faults) > before:
             return  # the values cannot be trusted, and what is damaged has been said
         try:
@@ -306,6 +317,7 @@ class _Check:
         self._read_ahead(folder + file for file in manifest.files)
         for file, expected in sorted(manifest.files.items()):
             self._match(folder + file, expected, _REPAIR)
+        self._metadata(folder, teacher_metadata_problems(self.place / folder.rstrip("/"), layout), _REPAIR)
         complete = self._complete(folder, manifest) if state.complete else None
         self._commits(folder, manifest, state, complete)
         if state.complete:
@@ -425,6 +437,9 @@ class _Check:
     def unknown_files(self) -> None:
         for path, size in self._sizes.items():
             parts = path.split("/")
+            if self.place.local is not None and (self.place.local / path).is_symlink():
+                self._fault(path, "a symbolic link, which a cache never has", _LINK, kind="stray")
+                continue
             if path in self._known or any(part.endswith(TEMPORARY) for part in parts):
                 continue
             if parts[0] == "teachers" and len(parts) == 2 and path.endswith(".lock"):

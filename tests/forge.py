@@ -12,6 +12,7 @@ import numpy as np
 from numcodecs.checksum32 import CRC32C
 
 from tailcache.storage.arrays import ArraySpec
+from tailcache.storage.corpus import corpus_arrays
 from tailcache.storage.sealed import seal, unseal
 
 _crc32c = CRC32C(location="end")
@@ -58,9 +59,19 @@ def reseal(cache: Path, specs: dict[str, ArraySpec], name: str = "t") -> None:
     def list_files(values: dict[str, Any], folder: Path) -> None:
         values["files"] |= {file: _hash(folder / file) for file in values["files"] if (folder / file).is_file()}
 
-    edit(corpus / "checksums.json", lambda values: list_files(values, corpus))
+    def list_corpus(values: dict[str, Any]) -> None:
+        list_files(values, corpus)
+        arrays = corpus_arrays(unseal((corpus / "manifest.json").read_bytes(), "corpus")["vocab_size"])
+        for file in values["chunks"]:
+            path, spec = corpus / file, arrays.get(file.split("/")[0])
+            if path.is_file() and spec is not None:
+                values["chunks"][file] = chunk_seal(path.read_bytes(), spec)
+
+    edit(corpus / "checksums.json", list_corpus)
     edit(corpus / "manifest.json", lambda values: values.update(checksums=_hash(corpus / "checksums.json")))
     edit(teacher / "manifest.json", lambda values: list_files(values, teacher))
+    if (teacher / "manifest_copy.json").is_file():
+        (teacher / "manifest_copy.json").write_bytes((teacher / "manifest.json").read_bytes())
     manifest = _hash(teacher / "manifest.json")
     commits = sorted((teacher / "commits").glob("*.json"))
     for commit in commits:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tailcache.storage.corpus import Corpus
     from tailcache.trainers.config import StudentConfig
 
-__all__ = ["Student", "build_student", "longest_row"]
+__all__ = ["Student", "build_student", "corpus_tokenizer", "longest_row"]
 
 # Any of these makes a checkpoint one with a tokenizer; looked for by name, because transformers builds an
 # empty tokenizer for a folder without any.
@@ -123,7 +123,7 @@ def _architecture(config: StudentConfig, corpus: Corpus) -> PretrainedConfig:
             "drop one of them"
         )
     model_type = config.model_type or model_type or "llama"
-    tokenizer = _corpus_tokenizer(corpus)
+    tokenizer = corpus_tokenizer(corpus)
     fitted: dict[str, Any] = {
         "vocab_size": corpus.vocab_size,
         "bos_token_id": tokenizer.bos_token_id,
@@ -157,8 +157,13 @@ def _sizes(config: StudentConfig, kind: type[PretrainedConfig], context: int) ->
     return {name: value for name, value in sizes.items() if hasattr(probe, name)}
 
 
-def _corpus_tokenizer(corpus: Corpus) -> Any:
-    """The tokenizer that the cache brought along; it may bring code too, which is never run."""
+def corpus_tokenizer(corpus: Corpus) -> Any:
+    """The tokenizer that the cache brought along; it may bring code too, which is never run.
+
+    Raises:
+      StudentError: it cannot be loaded, or not without running code.
+      CorruptError: its files are not those that were written.
+    """
     try:
         return AutoTokenizer.from_pretrained(corpus.tokenizer_dir, trust_remote_code=False)
     except Exception as error:  # the libraries raise a dozen kinds for a broken tokenizer
