@@ -254,7 +254,7 @@ class _Job:
             chunk=change.chunk or source.chunk,
             compression_level=change.compression_level or source.compression_level,
             temperatures=source.temperatures if "log_z_tail" in optional else (),
-            kl_budget=source.kl_budget,
+            kl_budget=source.kl_budget * top_k / source.top_k,  # the same levels: nothing is rounded again
         )
         layout = replace(layout, hidden=source.hidden if "hidden" in optional else None)
         settings = _settings(first)

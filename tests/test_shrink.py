@@ -43,7 +43,8 @@ def test_what_is_known_is_exact(made: Distributions, data: st.DataObject) -> Non
     np.testing.assert_array_equal(found.token_ids, wanted.token_ids)
     np.testing.assert_array_equal(found.logprobs, wanted.logprobs)
     for name in ("log_tail", "tail_entropy", "log_z_tail", "log_target", "log_not_target"):
-        np.testing.assert_allclose(getattr(found, name), getattr(wanted, name), rtol=3e-6, atol=3e-6)
+        atol = 2e-3 if made.kind == "wide" else 3e-6  # float32 of logs of -10,000
+        np.testing.assert_allclose(getattr(found, name), getattr(wanted, name), rtol=3e-6, atol=atol)
     assert not (found.tail_samples[:, :, None] == found.token_ids[:, None, :]).any()
 
 
