@@ -222,6 +222,8 @@ class _Check:
         self._known.add(path)
         found = self._sizes.get(path)
         if found is None:
+            found = self._came_later(path)
+        if found is None:
             self._fault(path, "missing", remedy, **where)
         elif size is not None and found != size:
             self._fault(path, f"expected {size} bytes, found {found}", remedy, **where)
@@ -234,6 +236,13 @@ class _Check:
                 self._fault(path, problem, remedy, **where)
         elif not found:
             self._fault(path, "expected an object, found an empty file", remedy, **where)
+
+    def _came_later(self, path: str) -> int | None:
+        """The size of a file that was not listed: a capture that is at work may have written it since."""
+        size = self.place.size(path)
+        if size is not None:
+            self._sizes[path] = size
+        return size
 
     def _record(self, path: str, limit: int, remedy: str, shard: int | None = None) -> bytes | None:
         """The bytes of a record; none, with a fault, where it cannot be read."""
@@ -374,7 +383,7 @@ class _Check:
 
     def _commits(self, folder: str, manifest: Manifest, state: TeacherState, complete: Complete | None) -> None:
         layout = manifest.layout
-        committed = committed_shards(self.place / folder.rstrip("/"), layout)
+        committed = self._committed(folder, layout, state)
         state.committed = len(committed)
         for shard in sorted(set(range(layout.num_shards)) - set(committed)) if state.complete else ():
             path = folder + commit_path(shard)
@@ -403,10 +412,23 @@ class _Check:
             state.positions += commit.positions
             self._objects(folder, commit)
             if shard in summed:
+                before = len(self.found.faults)
                 self._match(folder + tail_sum_path(shard), commit.tail_sum, _REPAIR, shard=shard)
+                if len(self.found.faults) > before and self.place.exists(folder + "complete.json"):
+                    del self.found.faults[before:]  # the capture was finished meanwhile: nobody needs the sum
         if complete is not None and good == layout.num_shards and chain.hexdigest() != complete.commits:
             problem = "the commit records are not those it was written over"
             self._fault(folder + "complete.json", problem, _REPAIR)
+
+    def _committed(self, folder: str, layout: Layout, state: TeacherState) -> list[int]:
+        """The shards whose commit record was there when the files were listed, or came before ``complete.json``."""
+        paths = {shard: folder + commit_path(shard) for shard in range(layout.num_shards)}
+        late = {shard for shard, path in paths.items() if path not in self._sizes} if state.complete else set()
+        if len(late) > _TOGETHER:  # rather one listing than a question for each
+            late &= set(committed_shards(self.place / folder.rstrip("/"), layout))
+        return [
+            shard for shard, path in paths.items() if path in self._sizes or (shard in late and self._came_later(path))
+        ]
 
     def _objects(self, folder: str, commit: Commit) -> None:
         self._read_ahead(folder + name for name in commit.files)

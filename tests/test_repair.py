@@ -23,6 +23,7 @@ from tailcache.pipeline.teacher import Teacher
 from tailcache.scripts import cli
 from tailcache.storage.errors import MismatchError
 from tailcache.storage.mending import Mended
+from tailcache.storage.place import open_place
 from tailcache.storage.reader import open_cache
 from tailcache.storage.targets import plan_layout
 from tailcache.storage.verify import Verification, verify
@@ -119,12 +120,12 @@ def test_much_damage_at_once_costs_the_damaged_shards_alone(
     num_shards = open_cache(sound).teacher("t").layout.num_shards
     assert num_shards >= 8
     flip(folder / "token_codes/c/2/0", 40)
-    (folder / "log_tail/c/2").unlink()
+    (folder / "tail_entropy/c/2").unlink()
     flip(folder / "hidden/c/5/0", 100)
     flip(folder / "commits/00000005.json", 50)
     (folder / "commits/00000007.json").unlink()
     flip(folder / "manifest.json", 20)
-    flip(folder / "log_target/zarr.json", 20)
+    flip(folder / "target_logit/zarr.json", 20)
     (folder / "mean_tail/c/0").write_bytes(b"nonsense")
     (folder / "stray").write_bytes(b"what is this")
     teacher = live()
@@ -154,10 +155,10 @@ def test_what_needs_no_teacher_is_mended_without_one(cache: Path, sound: Path) -
     assert after.faults == []
     assert without_quarantine(cache) == tree(sound)
     assert mended.shards == []
-    flip(folder / "log_target/c/3", 9)
+    flip(folder / "target_logit/c/3", 9)
     mended, after = repair_cache(cache)
-    assert [fault.path for fault in after.faults] == ["teachers/t/log_target/c/3"]
-    assert "found no --teacher" in mended.left["teachers/t/log_target/c/3"]
+    assert [fault.path for fault in after.faults] == ["teachers/t/target_logit/c/3"]
+    assert "found no --teacher" in mended.left["teachers/t/target_logit/c/3"]
     assert mend(cache)[1].faults == []
 
 
@@ -179,7 +180,7 @@ def test_without_the_record_of_the_whole_lost_commits_are_made_and_it_is_said(ca
     folder = cache / "teachers" / "t"
     (folder / "complete.json").unlink()
     (folder / "commits/00000003.json").unlink()
-    flip(folder / "log_tail/c/3", 9)
+    flip(folder / "tail_entropy/c/3", 9)
     mended, after = mend(cache)
     assert after.faults == []
     assert without_quarantine(cache) == tree(sound)
@@ -217,19 +218,19 @@ def test_two_teachers_of_one_cache(cache: Path) -> None:
     other = live(seed=1)
     capture(config(cache, name="u", top_k=3), teacher=other, show_progress=False)
     good = tree(cache)
-    flip(cache / "teachers/t/log_tail/c/1", 9)
-    flip(cache / "teachers/u/log_tail/c/2", 9)
+    flip(cache / "teachers/t/tail_entropy/c/1", 9)
+    flip(cache / "teachers/u/tail_entropy/c/2", 9)
     with pytest.raises(MismatchError, match=r"teacher 'u'.*settings\.weights: stored .*, found"):
         mend(cache)
     mended, after = mend(cache, live=other, name="u")
-    assert {fault.path for fault in after.faults} <= {"teachers/t/log_tail/c/1"}
+    assert {fault.path for fault in after.faults} <= {"teachers/t/tail_entropy/c/1"}
     assert ("u", 2) in mended.shards
     mend(cache, name="t")
     assert without_quarantine(cache) == good
 
 
 def test_another_model_is_refused_and_nothing_is_touched(cache: Path) -> None:
-    flip(cache / "teachers/t/log_tail/c/1", 9)
+    flip(cache / "teachers/t/tail_entropy/c/1", 9)
     before = tree(cache)
     with pytest.raises(MismatchError, match=r"settings\.weights: stored .*Give the same model, device and settings"):
         mend(cache, live=live(seed=1))
@@ -247,9 +248,9 @@ def test_a_machine_that_computes_other_bytes_replaces_nothing(
 
     def elsewhere(*arguments: Any) -> Any:
         targets, tail_sum = original(*arguments)
-        return dataclasses.replace(targets, log_target=targets.log_target * np.float32(1.01)), tail_sum
+        return dataclasses.replace(targets, tail_entropy=targets.tail_entropy * np.float32(1.01)), tail_sum
 
-    flip(cache / "teachers/t/log_tail/c/1", 9)
+    flip(cache / "teachers/t/tail_entropy/c/1", 9)
     if commit == "lost":
         (cache / "teachers/t/commits/00000001.json").unlink()
     before = tree(cache)
@@ -277,11 +278,11 @@ def test_what_cannot_be_mended_is_said_with_the_remedy(cache: Path) -> None:
 
 def test_a_damaged_corpus_is_not_captured_over(cache: Path, sound: Path) -> None:
     flip(cache / "corpus/tokens/c/0", 60)
-    flip(cache / "teachers/t/log_tail/c/1", 9)
+    flip(cache / "teachers/t/tail_entropy/c/1", 9)
     mended, after = mend(cache)
-    assert {fault.path for fault in after.faults} == {"corpus/tokens/c/0", "teachers/t/log_tail/c/1"}
+    assert {fault.path for fault in after.faults} == {"corpus/tokens/c/0", "teachers/t/tail_entropy/c/1"}
     assert "prepare the same source" in mended.left["corpus/tokens/c/0"]
-    assert "the corpus is damaged" in mended.left["teachers/t/log_tail/c/1"]
+    assert "the corpus is damaged" in mended.left["teachers/t/tail_entropy/c/1"]
     assert mended.shards == []
     shutil.copyfile(sound / "corpus/tokens/c/0", cache / "corpus/tokens/c/0")
     assert mend(cache)[1].faults == []
@@ -291,10 +292,10 @@ def test_a_damaged_corpus_is_not_captured_over(cache: Path, sound: Path) -> None
 def test_a_teacher_that_was_not_captured(tmp_path: Path) -> None:
     exact = make_exact(make_corpus(tmp_path), shard_positions=15)
     exact.write("t")
-    flip(tmp_path / "teachers/t/log_tail/c/1", 9)
+    flip(tmp_path / "teachers/t/tail_entropy/c/1", 9)
     mended, after = repair_cache(tmp_path, model="nowhere")
-    assert [fault.path for fault in after.faults] == ["teachers/t/log_tail/c/1"]
-    assert "derive it again from its source" in mended.left["teachers/t/log_tail/c/1"]
+    assert [fault.path for fault in after.faults] == ["teachers/t/tail_entropy/c/1"]
+    assert "derive it again from its source" in mended.left["teachers/t/tail_entropy/c/1"]
 
 
 class Stop(Exception):
@@ -326,7 +327,7 @@ def test_an_unfinished_capture_is_mended_and_goes_on(cache: Path, sound: Path, m
     assert len(committed) >= 4
     flip(folder / "partial/tail_sum-00000001.bin", 9)
     (folder / "partial/tail_sum-00000002.bin").unlink()
-    flip(folder / "log_target/c/0", 9)
+    flip(folder / "target_logit/c/0", 9)
     flip(folder / "vocabulary_order/c/0", 9)
     (folder / "commits/00000002.json").write_bytes(b"{}")
     mended, after = mend(cache)
@@ -377,7 +378,7 @@ def test_killed_at_every_change_of_the_disk_it_can_be_run_again(cache: Path, sou
     def hurt() -> None:
         flip(folder / "token_codes/c/2/0", 40)
         flip(folder / "commits/00000005.json", 50)
-        flip(folder / "log_tail/c/5", 9)
+        flip(folder / "tail_entropy/c/5", 9)
         (folder / "complete.json").write_bytes(b"")
         flip(folder / "manifest.json", 20)
         flip(folder / "mean_tail_copy/c/0", 9)
@@ -399,30 +400,30 @@ def test_killed_at_every_change_of_the_disk_it_can_be_run_again(cache: Path, sou
 
 def test_the_command(cache: Path, sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = save_teacher(tmp_path / "model", tiny_model("llama", V))
-    flip(cache / "teachers/t/log_tail/c/1", 9)
+    flip(cache / "teachers/t/tail_entropy/c/1", 9)
     (cache / "note").write_bytes(b"x")
     out = tmp_path / "report.json"
     command = ["verify", "--cache", str(cache), "--repair", "--json", str(out)]
     assert cli.main(command) == 1
     printed = capsys.readouterr().out
     assert "put aside note: quarantine/note" in printed
-    assert "not mended: teachers/t/log_tail/c/1: teacher 't': expected the model" in printed
+    assert "not mended: teachers/t/tail_entropy/c/1: teacher 't': expected the model" in printed
     report = json.loads(out.read_text())
     assert (report["good"], len(report["faults"]), len(report["found"])) == (False, 1, 2)
     assert cli.main([*command, "--teacher", folder]) == 0
     printed = capsys.readouterr().out
     assert "captured again: teacher t, shard 1" in printed
-    assert "made again: teachers/t/log_tail/c/1" in printed
+    assert "made again: teachers/t/tail_entropy/c/1" in printed
     assert "no faults" in printed
     report = json.loads(out.read_text())
     assert report["good"]
     assert report["repair"]["shards"] == [{"teacher": "t", "shard": 1}]
-    assert report["repair"]["quarantined"] == {"teachers/t/log_tail/c/1": "quarantine/teachers/t/log_tail/c/1"}
+    assert report["repair"]["quarantined"] == {"teachers/t/tail_entropy/c/1": "quarantine/teachers/t/tail_entropy/c/1"}
     assert without_quarantine(cache) == tree(sound)
     assert cli.main([*command, "--teacher", folder]) == 0  # nothing left to do
     assert "repair" not in json.loads(out.read_text())
     other = save_teacher(tmp_path / "other", tiny_model("llama", V, seed=1))
-    flip(cache / "teachers/t/log_tail/c/1", 9)
+    flip(cache / "teachers/t/tail_entropy/c/1", 9)
     assert cli.main([*command, "--teacher", other]) == 1
     assert "settings.weights" in capsys.readouterr().err
     assert "settings.weights" in json.loads(out.read_text())["error"]
@@ -437,8 +438,27 @@ def test_versions_of_packages_may_differ_as_long_as_the_bytes_do_not(cache: Path
         capture(config(cache, **OPTIONS), teacher=live(), show_progress=False)
     good = tree(cache)
     assert good.keys() == tree(sound).keys()
-    flip(folder / "log_tail/c/1", 9)
+    flip(folder / "tail_entropy/c/1", 9)
     mended, after = mend(cache)
     assert after.faults == []
     assert without_quarantine(cache) == good
     assert any(note.startswith("settings.versions.torch: then 0.1, now") for note in mended.notes)
+
+
+@pytest.mark.slow
+def test_in_a_store(cache: Path, sound: Path, s3_url: str) -> None:
+    """Repair where the cache lies, quarantine included."""
+    place = open_place(s3_url)
+    for name, data in tree(cache).items():
+        place.write(name, data)
+    damaged = bytearray(place.read("teachers/t/token_codes/c/2/0"))
+    damaged[40] ^= 1
+    place.write("teachers/t/token_codes/c/2/0", bytes(damaged))
+    place.delete("teachers/t/commits/00000005.json")
+    place.delete("teachers/t/manifest.json")
+    mended, after = repair_cache(s3_url, live=live())
+    assert after.faults == []
+    assert mended.shards == [("t", 2), ("t", 5)]
+    found = {name: place.read(name) for name, _ in place.files()}
+    assert found.pop("quarantine/teachers/t/token_codes/c/2/0") == bytes(damaged)
+    assert found == tree(sound)
