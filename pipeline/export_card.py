@@ -350,6 +350,8 @@ Then `distillation_loss(model(batch["input_ids"]).logits, batch)` for each `batc
 
 def _making(facts: CardFacts) -> str:
     provenance, settings = facts.manifest.get("provenance", {}), facts.manifest.get("settings", {})
+    layout = facts.manifest.get("layout", {})
+    steps = layout.get("scalar_steps")
     lines = ["## How it was made", ""]
     rows = {
         "teacher": provenance.get("teacher"),
@@ -369,8 +371,10 @@ def _making(facts: CardFacts) -> str:
     lines += [
         "",
         "Text was tokenised and laid out once; the teacher read each document by itself, once, without dropout. The "
-        "log-probabilities of the kept tokens are stored with a resolution at which the KL error is at most 1e-5 nats "
-        "on average over positions; the scalars with a relative error of 2^-14; ids are exact.",
+        f"log-probabilities of the kept tokens are stored with a resolution at which the KL error is at most "
+        f"{layout.get('kl_budget', 1e-5):g} nats on average over positions; the scalars "
+        + (f"to {1 / steps:g} nats" if steps else "with a relative error of 2^-14")
+        + "; ids are exact.",
     ]
     return "\n".join(lines)
 
