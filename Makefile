@@ -37,7 +37,8 @@ check: lint types test
 bench: $(VENV)/.ready
 	$(RUN) -m tailcache.scripts.bench_capture
 	$(RUN) -m tailcache.scripts.bench_reader
-	$(RUN) -m tailcache.scripts.bench_codec
+	$(RUN) -m tailcache.scripts.bench_storage
+	$(RUN) -m tailcache.scripts.bench_head
 	$(RUN) -m tailcache.scripts.bench_losses
 	$(RUN) -m tailcache.scripts.bench_fidelity
 

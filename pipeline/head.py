@@ -6,7 +6,7 @@ in float64) and what the draws search in (first a block, then a token in it). No
 something: the tail has its own maximum and its own sum, so its mass is right to seven digits at 1e-30 too.
 
 Why not ``log_softmax`` + ``topk`` + ``multinomial``: they take half as long again on a CPU, give less, and float32
-``log_softmax`` over 49,152 logits has twenty times the error of normalisation (``scripts/bench_codec.py``).
+``log_softmax`` over 49,152 logits has twenty times the error of normalisation (``scripts/bench_head.py``).
 
 Legend: T positions, V vocabulary padded to a multiple of 64, B blocks of 64, K kept tokens, m draws, n temperatures.
 """

@@ -297,7 +297,10 @@ class Bytes:
             log_not_target=self._log_not_target,
             tail_samples=draws_Tm,
         )
-        layout = plan_layout(self._corpus, top_k=top_k, num_samples=draws_Tm.shape[1], shard_positions=num)
+        # Without classes, which a cache of this size would have: with them ids take fewer bytes than are counted here.
+        layout = plan_layout(
+            self._corpus, top_k=top_k, num_samples=draws_Tm.shape[1], shard_positions=num, classes=(1, 0)
+        )
         specs = layout.fields()
         encoded = Codec(self._order, logprob_levels(top_k)).encode(targets)
         shard = -(-num // layout.chunk) * layout.chunk
