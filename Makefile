@@ -12,7 +12,9 @@ RUN := $(VENV)/bin/python
 # On a CPU, training gives and takes gigabytes at every step; keeping them saves glibc the page faults.
 QUIET_MALLOC := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736
 
-.PHONY: quickstart test test-fast lint types check bench clean
+FAULTS := $(addprefix tests/test_,$(addsuffix .py,records untrusted crashes power_loss kill_storm damage remote_faults))
+
+.PHONY: quickstart test test-fast faults lint types check bench clean
 
 quickstart: $(VENV)/.ready
 	@echo "== quickstart: prepare, capture two teachers, train three students, compare (results in runs/quickstart)"
@@ -24,6 +26,10 @@ test: $(VENV)/.ready
 
 test-fast: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_PROCESSES) --dist worksteal -m "not slow"
+
+faults: $(VENV)/.ready
+	@echo "== faults: kills, failing calls, power cuts, damage, hostile caches; the counts are printed at the end"
+	$(RUN) -m pytest $(FAULTS)
 
 lint: $(VENV)/.ready
 	$(RUN) -m ruff check .

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Tally
 
 from tailcache.storage.array_metadata import check_array_metadata
 from tailcache.storage.corpus import corpus_arrays
@@ -271,7 +272,7 @@ def test_a_zarr_json_must_be_what_the_layout_says() -> None:
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_changed_records(tmp_path: Path) -> None:
+def test_a_hundred_thousand_changed_records(tmp_path: Path, tally: Tally) -> None:
     """In processes of their own, which may not grow by more than 1 GiB: nothing but the named errors comes out."""
     runs = []
     for seed, cache in enumerate(("v1_optional", "v2_optional")):
@@ -290,4 +291,7 @@ def test_a_hundred_thousand_changed_records(tmp_path: Path) -> None:
             assert outcome["refused"].keys() <= {error.__name__ for error in TailcacheError.__subclasses__()}
             assert 0 < outcome["accepted"] < outcome["inputs"] / 2
     assert kinds["manifest"] + kinds["commit"] >= 100_000
+    tally("changed manifests and commit records, accepted or refused with a named error", 100_000)
+    others = sum(kinds.values()) - kinds["manifest"] - kinds["commit"]
+    tally("other changed records, zarr.json files, indices and chunk headers: the same", others)
     assert kinds.keys() == {"manifest", "commit", "complete", "corpus", "checksums", "zarr.json", "index", "chunk"}
