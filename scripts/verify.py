@@ -162,12 +162,15 @@ def _say(replayed: Replay) -> int:
     wrong = 0
     for field in replayed.fields:
         figures = f"mean {field.mean:.3g}, largest {field.largest:.3g}; {field.control_mean:.3g}, "
-        print(f"  {field.name:<16} {figures}{field.control_largest:.3g}; allowed {field.tolerance:.3g}")
-        if field.beyond:
+        allowed = f"{field.mean_tolerance:.3g}, {field.tolerance:.3g}"
+        print(f"  {field.name:<16} {figures}{field.control_largest:.3g}; allowed {allowed}")
+        if not field.good:
             wrong += 1
+            where = f", the first being {field.first}" if field.beyond else ""
             print(
-                f"teachers/{replayed.teacher}, field {field.name}: {field.beyond} of {replayed.positions} positions "
-                f"are further from the live teacher than allowed, the first being {field.first}; is this the teacher, "
-                "and is `tailcache verify` clean? If both, capture again under another name"
+                f"teachers/{replayed.teacher}, field {field.name}: expected differences of at most {allowed}, found a "
+                f"mean of {field.mean:.3g} and {field.beyond} of {replayed.positions} positions that are further "
+                f"off{where}; is this the teacher, and is `tailcache verify` clean? If both, capture again under "
+                "another name"
             )
     return wrong

@@ -53,7 +53,7 @@ def test_a_sound_cache_agrees_with_its_teacher(cache: Path, dtype: torch.dtype, 
     capture(config(cache, **options), teacher=live(dtype), show_progress=False)
     for seed in range(3):
         found = again(cache, live(dtype), seed=seed)
-        assert found.good, [field for field in found.fields if field.beyond]
+        assert found.good, [field for field in found.fields if not field.good]
         assert found.positions == 150
     names = [field.name for field in found.fields]
     assert names[:6] == ["logprobs", "token_ids", "log_tail", "tail_entropy", "log_target", "log_not_target"]
@@ -73,20 +73,22 @@ def test_more_positions_than_there_are(cache: Path) -> None:
         again(cache, live(), count=0)
 
 
-@pytest.mark.parametrize("strength", [0.02, 0.3])
-def test_targets_of_another_model_are_found_out(cache: Path, monkeypatch: pytest.MonkeyPatch, strength: float) -> None:
+@pytest.mark.parametrize(("strength", "dtype"), [(0.02, torch.float32), (0.3, torch.float32), (0.1, torch.bfloat16)])
+def test_targets_of_another_model_are_found_out(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, strength: float, dtype: torch.dtype
+) -> None:
     """Though its manifest claims these very weights."""
-    other = live()
+    other = live(dtype)
     with torch.no_grad():
         for parameter in other.model.parameters():
             parameter.add_(strength * parameter.std() * torch.randn_like(parameter)) if parameter.ndim > 1 else None
     capture(config(cache, **OPTIONS), teacher=other, show_progress=False)
     with pytest.raises(MismatchError, match=r"settings\.weights: stored .* found .*Give the same model"):
-        again(cache, live())
+        again(cache, live(dtype))
     monkeypatch.setattr(stored_module, "differences", lambda *_: [])
-    found = again(cache, live())
+    found = again(cache, live(dtype))
     assert not found.good
-    wrong = {field.name for field in found.fields if field.beyond}
+    wrong = {field.name for field in found.fields if not field.good}
     assert {"log_target", "log_tail", "tail_entropy", "log_z_tail at 2", "hidden", "tail_samples"} <= wrong
     assert "logprobs" in wrong
 
