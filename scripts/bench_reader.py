@@ -1,36 +1,53 @@
-"""How fast are shuffled rows decoded to arrays that are ready for a loss?
+"""How fast are targets read and decoded to tensors that are ready for a loss?
 
-A cache of synthetic Zipf-like distributions (decoding does not depend on the values) is written once and read with
-``Teacher.stream``, whole epochs in shuffled order, one process, warm disk. In turn with it, as the baseline: the same
-rows in a fully random order, each read and decoded by itself (``Teacher.row``), on a sample of the rows. And the fields
-of one shard without decoding, read directly and through zarr-python's own pipeline.
+A cache of synthetic Zipf-like distributions (or one that is named) is read in turn, on a warm disk, by one process:
+
+* shuffled: whole epochs of ``CacheLoader``, batches of eight rows; and the same with worker processes;
+* sequential: ``Teacher.rows`` in order, one thread;
+* single rows: random rows, each read and decoded by itself;
+* Parquet: the same targets in natural types through ``datasets``, streamed and shuffled in a buffer of 256 rows, in its
+  faster format (numpy or arrow); and by random indices, from the uncompressed copy that it makes first;
+* S3: the shuffled loader over a server on this machine, which is the limit: beside it, the rate of plain downloads;
+* stored fields of a shard, not decoded: directly, through zarr-python's own pipeline, and through ``zarrs``.
+
+Bytes are counted where they are read: an epoch uses every stored byte of the fields once.
 """
 
 from __future__ import annotations
 
+import os
+import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
 
+from tailcache.scripts.counted_place import CountedPlace
 from tailcache.scripts.measure import Bar, report, spread
+from tailcache.scripts.reader_baselines import parquet_random, parquet_shuffled, s3_copy, write_parquet
 from tailcache.storage.arrays import open_array, read_slice
 from tailcache.storage.corpus_writer import CorpusWriter
-from tailcache.storage.objects import read_object
-from tailcache.storage.reader import open_cache
+from tailcache.storage.place import open_place
+from tailcache.storage.reader import Teacher, open_cache
+from tailcache.storage.rust_codecs import SWITCH
 from tailcache.storage.targets import Targets, TargetsWriter, plan_layout
+from tailcache.trainers.loader import CacheLoader
 
 __all__ = ["BenchReader", "main", "synthetic_targets"]
 
-MIN_POSITIONS_PER_S = 0.5e6
+MIN_POSITIONS_PER_S = 2e6
+MIN_OVER_PARQUET = 3.0
+BATCH_ROWS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchReader:
-    """Time shuffled streaming and random single rows; medians and ratios."""
+    """Time every way of reading a cache, and ``datasets`` on the same targets in Parquet; medians and ratios."""
 
     cache: Path | None = None
     """Read this cache instead of a synthetic one."""
@@ -55,6 +72,12 @@ class BenchReader:
 
     repeats: int = 5
     """Epochs, after one that is not counted."""
+
+    workers: int = 2
+    """Processes of the loader with workers."""
+
+    s3: bool = True
+    """Also read from an S3 server on this machine, where moto is installed."""
 
     json: Path | None = None
     """Write figures and conditions to this file."""
@@ -112,63 +135,154 @@ def main() -> None:
     bench(tyro.cli(BenchReader, description=__doc__))
 
 
+def _rate(batches: Iterable[Any]) -> float:
+    start = time.perf_counter()
+    seen = sum(len(batch["log_tail"]) for batch in batches)
+    return seen / (time.perf_counter() - start)
+
+
+def _sequential(teacher: Teacher) -> float:
+    start, seen, step = time.perf_counter(), 0, teacher.block_rows
+    for first in range(0, teacher.num_rows, step):
+        seen += len(teacher.rows(first, min(first + step, teacher.num_rows)))
+    return seen / (time.perf_counter() - start)
+
+
+def _single_rows(teacher: Teacher, seed: int) -> float:
+    rows = np.random.default_rng(seed).permutation(teacher.num_rows)[:32].tolist()
+    start, seen = time.perf_counter(), 0
+    for row in rows:
+        teacher.corpus.rows(row, row + 1)
+        seen += len(teacher.row(row))
+    return seen / (time.perf_counter() - start)
+
+
+def _stored(teacher: Teacher, path: Path) -> dict[str, Callable[[], float]]:
+    """Ways to read, without decoding, every field of the first shard: microseconds per position."""
+    last = teacher.layout.shard_rows(0)[1]
+    num = int(teacher.corpus.target_offsets(0, last)[-1])
+
+    def timed(read: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        read()
+        return (time.perf_counter() - start) / num * 1e6
+
+    def direct(switch: str) -> float:
+        os.environ[SWITCH] = switch
+        try:
+            return timed(lambda: teacher.stored(0, last))
+        finally:
+            del os.environ[SWITCH]
+
+    def by_zarr() -> None:
+        for name in teacher.layout.fields():
+            read_slice(open_array(path / "teachers" / teacher.name / name), 0, num, lambda: "bench")
+
+    ways: dict[str, Callable[[], float]] = {"direct": lambda: direct("never"), "zarr-python": lambda: timed(by_zarr)}
+    try:
+        import zarrs  # type: ignore[import-untyped, unused-ignore]  # noqa: F401
+    except ImportError:
+        return ways
+    return {**ways, "zarrs": lambda: direct("always")}
+
+
+def _over_s3(path: Path, name: str, repeats: int) -> dict[str, Any]:
+    with s3_copy(path) as url:
+        if url is None:
+            return {}
+        place = CountedPlace(open_place(url))
+        fields = place / "teachers" / name
+        files = [file for file, _ in fields.files() if "/c/" in file]
+        start = time.perf_counter()
+        size = sum(len(fields.read(file)) for file in files)
+        download = size / (time.perf_counter() - start)
+        teacher = open_cache(place).teacher(name)
+        loader = CacheLoader(teacher, batch_rows=BATCH_ROWS)
+        _rate(loader)
+        before = place.count.num_bytes
+        rates = [_rate(loader) for _ in range(repeats)]
+        read = (place.count.num_bytes - before) / repeats
+    return {
+        "s3_positions_per_s": spread(rates),
+        "s3_bytes_per_s": statistics.median(rates) * read / teacher.num_targets,
+        "s3_plain_download_bytes_per_s": download,
+        "s3_bytes_read_per_byte_used": read / size,
+    }
+
+
 def bench(config: BenchReader) -> None:
     """Measure and report."""
     with tempfile.TemporaryDirectory(prefix="tailcache-bench-") as folder:
-        path = config.cache or Path(folder)
+        path = config.cache or Path(folder) / "cache"
         if config.cache is None:
             _synthetic_cache(config, path)
-        cache = open_cache(path)
+        place = CountedPlace(open_place(path))
+        cache = open_cache(place)
         teacher = cache.teacher(config.teacher or cache.teacher_names[0])
+        parquet = Path(folder) / "targets.parquet"
+        write_parquet(teacher, parquet)
+        sizes = dict((place / "teachers" / teacher.name).files())
+        stored = sum(size for file, size in sizes.items() if file.partition("/")[0] in teacher.layout.fields())
 
-        def stream(epoch: int) -> float:
-            start, seen = time.perf_counter(), 0
-            for _, targets in teacher.stream(seed=0, epoch=epoch):
-                seen += len(targets)
-            return seen / (time.perf_counter() - start)
-
-        def random_rows(epoch: int) -> float:
-            rows = np.random.default_rng(epoch).permutation(cache.corpus.num_rows)[:32]
-            start, seen = time.perf_counter(), 0
-            for row in rows:
-                cache.corpus.rows(int(row), int(row) + 1)
-                seen += len(teacher.row(int(row)))
-            return seen / (time.perf_counter() - start)
-
-        def fields(direct: bool) -> float:
-            """Read, without decoding, every field of the first shard: directly, or through zarr-python's pipeline."""
-            offsets = cache.corpus.target_offsets(*teacher.layout.shard_rows(0))
-            num = int(offsets[-1] - offsets[0])
-            start = time.perf_counter()
-            for name, spec in teacher.layout.fields().items():
-                if direct:
-                    read_object(teacher.place, spec.object_path(0), spec, 0, num, name)
-                else:
-                    read_slice(open_array(Path(str(teacher.place)) / name), 0, num, lambda: "bench")
-            return (time.perf_counter() - start) / num * 1e6
-
-        stream(0), random_rows(0), fields(True), fields(False)
-        reads = [(fields(True), fields(False)) for _ in range(config.repeats)]
-        pairs = [(stream(epoch), random_rows(epoch)) for epoch in range(1, config.repeats + 1)]
-    streamed = spread([a for a, _ in pairs])
+        plain = CacheLoader(teacher, batch_rows=BATCH_ROWS)
+        workers = CacheLoader(
+            open_cache(path).teacher(teacher.name),
+            batch_rows=BATCH_ROWS,
+            num_workers=config.workers,
+            persistent_workers=True,
+        )
+        ways: dict[str, Callable[[int], float]] = {
+            "shuffled": lambda _: _rate(plain),
+            "workers": lambda _: _rate(workers),
+            "sequential": lambda _: _sequential(teacher),
+            "single_rows": lambda seed: _single_rows(teacher, seed),
+            "parquet_numpy": lambda s: parquet_shuffled(parquet, batch_rows=BATCH_ROWS, seed=s, kind="numpy"),
+            "parquet_arrow": lambda s: parquet_shuffled(parquet, batch_rows=BATCH_ROWS, seed=s, kind="arrow"),
+        }
+        for way in ways.values():
+            way(0)
+        rates: dict[str, list[float]] = {name: [] for name in ways}
+        read = []
+        for repeat in range(1, config.repeats + 1):
+            for name, way in ways.items():
+                before = place.count.num_bytes
+                rates[name].append(way(repeat))
+                if name == "shuffled":
+                    read.append(place.count.num_bytes - before)
+        workers.close()
+        rates["parquet"] = [max(pair) for pair in zip(rates["parquet_numpy"], rates["parquet_arrow"], strict=True)]
+        copied = parquet_random(parquet, Path(folder) / "arrow", batch_rows=BATCH_ROWS, seed=1)
+        reads = {name: spread([way() for _ in range(config.repeats)]) for name, way in _stored(teacher, path).items()}
+        remote = _over_s3(path, teacher.name, config.repeats) if config.s3 else {}
+        parquet_bytes = parquet.stat().st_size
+    over = [a / b for a, b in zip(rates["shuffled"], rates["parquet"], strict=True)]
     figures = {
         "positions": teacher.num_targets,
         "top_k": teacher.top_k,
         "num_samples": teacher.num_samples,
         "vocab_size": teacher.vocab_size,
-        "shuffled_positions_per_s": streamed,
-        "single_rows_positions_per_s": spread([b for _, b in pairs]),
-        "shuffled / single rows": spread([a / b for a, b in pairs]),
-        "read_us_per_position": spread([a for a, _ in reads]),
-        "zarr-python / direct read": spread([b / a for a, b in reads]),
+        **{f"{name}_positions_per_s": spread(values) for name, values in rates.items()},
+        "shuffled / parquet": spread(over),
+        "shuffled / single rows": spread([a / b for a, b in zip(rates["shuffled"], rates["single_rows"], strict=True)]),
+        "bytes_per_position": stored / teacher.num_targets,
+        "bytes_read_per_byte_used": statistics.median(read) / stored,
+        "parquet_bytes_per_position": parquet_bytes / teacher.num_targets,
+        "arrow_copy": {
+            "positions_per_s": copied[0],
+            "seconds_to_make": copied[1],
+            "bytes_per_position": copied[2] / teacher.num_targets,
+        },
+        "stored_us_per_position": reads,
+        **remote,
     }
     bars = [
         Bar(
             name="shuffled positions/s, median",
-            value=streamed["median"],
+            value=statistics.median(rates["shuffled"]),
             limit=MIN_POSITIONS_PER_S,
             at_most=False,
-        )
+        ),
+        Bar(name="shuffled / parquet, median", value=statistics.median(over), limit=MIN_OVER_PARQUET, at_most=False),
     ]
     report("bench_reader", figures, bars, json_path=config.json, check=config.check)
 

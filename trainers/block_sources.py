@@ -27,9 +27,11 @@ from tailcache.trainers.parcels import Parcel, pack, shared, unpack
 if TYPE_CHECKING:
     from tailcache.storage.reader import Teacher
 
-__all__ = ["NeededBlocks", "Share", "Threads", "Workers"]
+__all__ = ["READ_THREADS", "REMOTE_READ_THREADS", "NeededBlocks", "Share", "Threads", "Workers"]
 
 READ_THREADS = 2
+REMOTE_READ_THREADS = 8
+"""More, where the time goes into waiting for answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,9 +145,9 @@ class NeededBlocks(IterableDataset[Parcel]):
 class Threads:
     """Blocks read by threads of this process."""
 
-    def __init__(self, read: Callable[[int], Block]) -> None:
+    def __init__(self, read: Callable[[int], Block], num_threads: int = READ_THREADS) -> None:
         self._read = read
-        self._pool = ThreadPoolExecutor(READ_THREADS, "tailcache-reader")
+        self._pool = ThreadPoolExecutor(num_threads, "tailcache-reader")
         self._pending: dict[int, Future[Block]] = {}
 
     def announce(self, visits: list[int]) -> None:

@@ -38,7 +38,7 @@ from tailcache.storage.codec import OPTIONAL
 from tailcache.storage.errors import ConfigError, MismatchError
 from tailcache.storage.shares import Ends, Stage
 from tailcache.trainers.ahead import ahead, on_device
-from tailcache.trainers.block_sources import NeededBlocks, Share, Threads, Workers
+from tailcache.trainers.block_sources import READ_THREADS, REMOTE_READ_THREADS, NeededBlocks, Share, Threads, Workers
 
 if TYPE_CHECKING:
     from tailcache.storage.reader import Teacher
@@ -269,7 +269,8 @@ class CacheLoader(DataLoader[Any]):
 
     def _begun(self, stages: Iterator[Stage], source: Workers | None) -> Generator[tuple[Future[Any], int]]:
         """Each step's batch as it is being made, and how many rows of the order have been taken with it."""
-        reading = source or Threads(self._blocks.read)
+        waits = self.teacher.place.local is None
+        reading = source or Threads(self._blocks.read, REMOTE_READ_THREADS if waits else READ_THREADS)
         making = ThreadPoolExecutor(_MAKING_THREADS, "tailcache-batches", initializer=on_device())
         left = True
         try:
