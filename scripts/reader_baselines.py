@@ -25,7 +25,7 @@ from tailcache.storage.reader import Teacher
 __all__ = ["FIELDS", "parquet_random", "parquet_shuffled", "s3_copy", "write_parquet"]
 
 FIELDS = ("token_ids", "logprobs", "log_tail", "tail_entropy", "log_target", "log_not_target", "tail_samples")
-_GROUP_ROWS = 8
+_GROUP_ROWS = 64
 _SERVER = """
 import logging, sys
 logging.disable()
@@ -38,7 +38,7 @@ sys.stdin.read()
 
 
 def write_parquet(teacher: Teacher, file: Path) -> None:
-    """Write a teacher's decoded targets, a row for each corpus row, zstd, small row groups for random access."""
+    """Write a teacher's decoded targets, a row for each corpus row, zstd."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

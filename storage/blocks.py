@@ -16,6 +16,7 @@ from tailcache.storage.codec import Targets
 from tailcache.storage.corpus import Rows
 from tailcache.storage.errors import MismatchError
 from tailcache.storage.shares import Stage
+from tailcache.storage.slabs import empty
 
 if TYPE_CHECKING:
     from tailcache.storage.reader import Teacher
@@ -132,7 +133,7 @@ def _join(pairs: list[tuple[Block, NDArray[np.int64]]]) -> tuple[Rows, Stored, N
     def collect(of: Callable[[Block], NDArray[Any]], indices: list[NDArray[np.int64]]) -> NDArray[Any]:
         first = of(pairs[0][0])
         by_column = first.flags.f_contiguous and first.ndim > 1  # as it was stored; taken so, and left so
-        out = np.empty((sum(map(len, indices)), *first.shape[1:]), first.dtype, order="F" if by_column else "C")
+        out = empty((sum(map(len, indices)), *first.shape[1:]), first.dtype, order="F" if by_column else "C")
         done = 0
         for (block, _), index in zip(pairs, indices, strict=True):
             part, values = out[done : done + len(index)], of(block)

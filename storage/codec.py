@@ -47,6 +47,7 @@ from tailcache.storage.levels import (
     scalar_steps,
     vocabulary_order,
 )
+from tailcache.storage.slabs import empty
 
 if TYPE_CHECKING:
     from tailcache.storage.layout import Layout
@@ -213,9 +214,9 @@ class Codec:
         classes_T = stored.get("position_class")
         if classes_T is not None:
             _check(classes_T, len(self._lists), f"{where}, position_class")
-        token_ids = np.empty((num, top_k), np.int32)
-        logprobs = np.empty((num, top_k), np.float32)
-        tail_samples = np.empty((num, num_samples), np.int32)
+        token_ids = empty((num, top_k), np.int32)
+        logprobs = empty((num, top_k), np.float32)
+        tail_samples = empty((num, num_samples), np.int32)
         step = max(1, min(_BLOCK, _BLOCK_IDS // max(top_k, num_samples)))
         for first in range(0, num, step):
             part = slice(first, min(first + step, num))

@@ -27,6 +27,7 @@ from tailcache.storage.errors import CorruptError, StorageError
 from tailcache.storage.limits import chunk_bytes
 from tailcache.storage.place import Place
 from tailcache.storage.rust_codecs import read_chunks, use_rust
+from tailcache.storage.slabs import empty
 
 __all__ = ["ChunkTable", "ObjectIndex", "read_array", "read_index", "read_object"]
 
@@ -115,7 +116,7 @@ def read_object(
             number = int(name.split("/")[-1 if spec.columns is None else -2])
             values = read_chunks(place.local, spec, number, begin, end)
             return values[first - begin * spec.chunk :][: last - first].copy(order)
-        out = np.empty((last - first, *trailing), np.dtype(spec.dtype), order)  # not before there is enough to fill it
+        out = empty((last - first, *trailing), np.dtype(spec.dtype), order)  # not before there is enough to fill it
         for chunk, payload in enumerate(payloads, begin):
             start = chunk * spec.chunk
             low, high = max(first, start), min(last, start + spec.chunk)

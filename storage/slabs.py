@@ -1,0 +1,56 @@
+"""Large arrays in memory that was used before.
+
+Memory that is new to a process costs more to touch for the first time than what reading and decoding then does with it,
+and the C library gives large blocks back to the system as soon as they are free. Reading asks for the same few sizes
+over and over, so what an array no longer needs is kept here for the next one of its size.
+
+An array from here is an ordinary one: its memory is kept again when it, and all views of it, are gone.
+"""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+__all__ = ["empty"]
+
+_SMALLEST = 1 << 16  # bytes; the C library keeps smaller ones itself
+_LIMIT = 256 << 20  # bytes that are kept
+_PRIVATE: Any = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+"""By default a process and its forks would write into the same memory."""
+_kept: dict[int, list[mmap.mmap]] = {}
+_num_kept = [0]
+
+
+class _Lease(np.ndarray[Any, Any]):
+    """Stands between an array and its memory and dies with the last view: NumPy does not look through another type."""
+
+
+def empty(shape: tuple[int, ...], dtype: DTypeLike, order: Literal["C", "F"] = "C") -> NDArray[Any]:
+    """Like ``numpy.empty``; for any number of threads."""
+    kind = np.dtype(dtype)
+    size = kind.itemsize
+    for length in shape:
+        size *= length
+    if size < _SMALLEST:
+        return np.empty(shape, kind, order)
+    step = 1 << (size.bit_length() - 4)  # sizes in steps of an eighth, so that they recur
+    rounded = -(-size // step) * step
+    try:
+        memory = _kept.setdefault(rounded, []).pop()
+        _num_kept[0] -= rounded
+    except IndexError:
+        memory = mmap.mmap(-1, rounded, **_PRIVATE)
+    lease = _Lease((size,), np.uint8, memory)
+    weakref.finalize(lease, _keep, memory, rounded).atexit = False
+    return np.ndarray(shape, kind, lease, order=order)
+
+
+def _keep(memory: mmap.mmap, size: int) -> None:
+    if _num_kept[0] + size <= _LIMIT:  # no lock, which a fork could leave locked; to be off by a few is no harm
+        _num_kept[0] += size
+        _kept.setdefault(size, []).append(memory)
