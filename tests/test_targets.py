@@ -58,7 +58,8 @@ def exact(tmp_path: Path, request: pytest.FixtureRequest) -> Exact:
 def assert_unreadable(exact: Exact, name: str) -> None:
     """A teacher that is not finished is refused; before its first file there is none."""
     path = cache_folder(exact.corpus)
-    expected = IncompleteError if (path / "teachers" / name).is_dir() else NotFoundError
+    begun = any(each.is_file() for each in (path / "teachers" / name).rglob("*"))  # a folder alone is nothing yet
+    expected = IncompleteError if begun else NotFoundError
     with pytest.raises(expected, match=name):
         open_cache(path).teacher(name)
 
@@ -552,7 +553,7 @@ class CommitProtocol(RuleBasedStateMachine):
         teacher = cache.teacher("t")
         for shard in self.committed:
             stored, given = teacher.rows(*self.exact.layout.shard_rows(shard)), self.exact.shards[shard][0]
-            np.testing.assert_allclose(stored.log_tail, given.log_tail, rtol=2.0**-14)
+            np.testing.assert_allclose(stored.log_tail, given.log_tail, atol=1e-3)
             assert (np.sort(stored.token_ids) == np.sort(given.token_ids)).all()
 
     def teardown(self) -> None:
