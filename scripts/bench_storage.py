@@ -26,7 +26,8 @@ from tailcache.scripts.storage_schemes import Scheme, atoms_kl, other_schemes
 from tailcache.scripts.wide_teacher import VOCAB_SIZE, spread_tokens, train_wide
 from tailcache.storage.arrays import ArraySpec
 from tailcache.storage.classes import plan_classes
-from tailcache.storage.codec import Targets, codec_of, learn_constants, logprob_levels, scalar_steps
+from tailcache.storage.codec import Targets, codec_of, learn_constants, logprob_levels, sample_columns, scalar_steps
+from tailcache.storage.fixed_point import float_of
 from tailcache.storage.layout import Layout
 
 __all__ = ["BenchStorage", "main"]
@@ -118,13 +119,21 @@ def _capture(config: BenchStorage, source: str, rows: Any, vocab_size: int, dtyp
         )[0]
 
 
-def _layout(targets: Targets, vocab_size: int, kl_budget: float, version: int) -> Layout:
+def _layout(
+    targets: Targets,
+    vocab_size: int,
+    kl_budget: float,
+    version: int,
+    classes: tuple[int, int] | None = None,
+    chunk: int = _CHUNK,
+) -> Layout:
     """As capture would plan it for a corpus of these positions in one shard."""
     num, top_k = targets.token_ids.shape
-    classes = (1, 0)
-    if version > 1:
+    if version == 1:
+        classes = (1, 0)
+    if classes is None:
         classes = plan_classes(vocab_size=vocab_size, top_k=top_k, num_positions=num, first_positions=num)
-    chunk = min(_CHUNK, num)
+    chunk = min(chunk, num)
     return Layout(
         vocab_size=vocab_size, top_k=top_k, num_samples=targets.num_samples,
         num_levels=len(logprob_levels(top_k, kl_budget)), num_rows=1, num_positions=num, rows_per_shard=1,
@@ -141,10 +150,12 @@ def _measure(
     ours = {f"kl_budget {budget:g}": _stored(config, targets, counts, budget, 2) for budget in BUDGETS}
     ours["version 1"] = _stored(config, targets, counts, BUDGETS[0], 1)
     bars += _bars(name, ours, others)
+    rejected = _rejected(targets, counts) if name == "SmolLM2" else {}
     return {
         "positions": len(targets),
         "vocab_size": len(counts),
         **ours,
+        "rejected, bytes": rejected,
         "even steps": {f"1/{steps} nat": _even_steps(targets, 1 / steps) for steps in (32, 64)},
         "other schemes": {
             scheme: {
@@ -205,6 +216,51 @@ def _stored(
         "decode_us": decode_us,
         "read_us": _read_us(layout, specs, objects, num, config.repeats),
     }
+
+
+def _rejected(targets: Targets, counts: NDArray[np.int64]) -> dict[str, float]:
+    """Bytes per position of parts of what is stored at the default budget, had something been decided otherwise."""
+    num, budget = len(targets), BUDGETS[0]
+
+    def fields(layout: Layout, part: slice = slice(None), learned_from: slice = slice(None)) -> dict[str, Any]:
+        learned = learn_constants(layout, targets[learned_from], counts)
+        return codec_of(layout, learned).encode(targets[part])
+
+    def size(spec: ArraySpec, values: NDArray[Any]) -> float:
+        return len(spec.encode(values) or b"") / len(values)
+
+    found, usual = {}, _layout(targets, len(counts), budget, 2)
+    specs, encoded = usual.fields(), fields(usual)
+    for classes in ((1, 0), (8, 1024), (32, 512), (64, 512), (128, 512), (128, 1024)):
+        if 2 * classes[1] <= len(counts):
+            layout = _layout(targets, len(counts), budget, 2, classes)
+            ids = {n: v for n, v in fields(layout).items() if n in ("token_codes", "position_class")}
+            total = sum(size(layout.fields()[name], values) for name, values in ids.items())
+            tables = 0.0
+            if classes[0] > 1:
+                lists = learn_constants(layout, targets, counts)["class_tokens"]
+                tables = _table_bytes(layout.constants()["class_tokens"], lists) / num
+            found[f"ids, {classes[0]} classes of {classes[1]}"] = total + tables
+    half = slice(0, num // 2), slice(num // 2, num)
+    for name, layout in (("one order", _layout(targets, len(counts), budget, 2, (1, 0))), ("classes", usual)):
+        ids = {n: v for n, v in fields(layout, half[1], half[0]).items() if n in ("token_codes", "position_class")}
+        total = sum(size(layout.fields()[field], values) for field, values in ids.items())
+        found[f"ids of the second half, {name} of the first"] = total
+    found["ids, stored rank by rank"] = size(replace(specs["token_codes"], column_major=True), encoded["token_codes"])
+    found["ids, stored position by position"] = size(specs["token_codes"], encoded["token_codes"])
+    found["gaps, not in blocks"] = size(replace(specs["logprob_gaps"], block_bytes=0), encoded["logprob_gaps"])
+    found["scalars, float32 in the same steps"] = 0.0
+    for name in ("tail_logit", "tail_entropy", "target_logit"):
+        values = float_of(encoded[name], usual.scalar_steps, name)
+        kinds = [replace(specs[name], dtype="float32", shuffle=shuffle) for shuffle in ("shuffle", "bitshuffle")]
+        found["scalars, float32 in the same steps"] += min(size(spec, values) for spec in kinds)
+    if targets.num_samples:
+        own_order = encoded["tail_sample_codes"][:, np.argsort(sample_columns(targets.num_samples))]
+        found["draws, in their own order"] = size(specs["tail_sample_codes"], own_order)
+    for chunk in (4096, 16_384):
+        layout = _layout(targets, len(counts), budget, 2, chunk=chunk)
+        found[f"all, chunks of {chunk}"] = sum(size(layout.fields()[n], values) for n, values in encoded.items())
+    return found
 
 
 def _timed(function: Callable[[], Any], num: int, repeats: int) -> tuple[Any, float]:

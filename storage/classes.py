@@ -22,7 +22,7 @@ _SAMPLE = 32_768  # positions that the classes are fitted to; the lists are coun
 _ROUNDS = 8
 _PRIOR = 200.0  # occurrences that the overall frequencies count for in every class
 _BLOCK = 256
-_PER_ENTRY = 80  # kept tokens per entry of the lists, from which on a longer list takes more bytes than it saves
+_PER_ENTRY = 40  # kept tokens per entry of the lists, from which on a longer list takes more bytes than it saves
 _SHORT, _LONG, _LONG_FROM = 512, 1024, 150_000
 
 
@@ -39,7 +39,7 @@ def plan_classes(*, vocab_size: int, top_k: int, num_positions: int, first_posit
       C and M; 1 and 0 where the corpus or the vocabulary is too small.
     """
     size = min(_LONG if num_positions >= _LONG_FROM else _SHORT, vocab_size // 4)
-    if size < 32 or top_k * num_positions < 8 * _PER_ENTRY * size:
+    if size < 32 or top_k * num_positions < 16 * _PER_ENTRY * size:
         return 1, 0
     if vocab_size <= 1 << 16 < vocab_size + size and vocab_size <= (1 << 16) - 64:
         size = (1 << 16) - vocab_size  # codes of 16 bits

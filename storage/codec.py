@@ -274,8 +274,11 @@ class Codec:
         codes_KT = _buffer("by rank", (top_k, num), kind, _PAD)
         np.copyto(codes_KT, codes_TK.T)
         same_KT = _buffer("same", (top_k, num), kind, _PAD)  # all bits set where the level is that of the rank before
-        np.copyto(same_KT, gaps_TK.T == 0)
-        np.negative(same_KT, out=same_KT)
+        if gaps_TK.dtype == kind:
+            np.minimum(gaps_TK.T, 1, out=same_KT)  # 0 and 1; one less is all bits and none
+        else:
+            np.copyto(same_KT, gaps_TK.T != 0)
+        np.subtract(same_KT, 1, out=same_KT)
         for k in range(2, top_k):
             before_T = np.bitwise_and(codes_KT[k - 1], same_KT[k], out=same_KT[k])
             np.add(codes_KT[k], before_T, out=codes_KT[k])
