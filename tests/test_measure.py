@@ -55,5 +55,9 @@ def test_synthetic_targets_are_distributions() -> None:
 
 def test_the_reader_bench_runs(tmp_path: Path) -> None:
     out = tmp_path / "reader.json"
-    bench(BenchReader(positions=3000, row_positions=100, vocab_size=500, top_k=8, num_samples=2, repeats=1, json=out))
+    bench(
+        BenchReader(
+            positions=3000, row_positions=100, vocab_size=500, top_k=8, num_samples=2, repeats=1, s3=False, json=out
+        )
+    )
     assert json.loads(out.read_text())["figures"]["positions"] == 3000
