@@ -30,6 +30,10 @@ Stored = dict[str, NDArray[Any]]
 """The stored fields of some target positions, by name: what ``Teacher.decode`` decodes."""
 
 
+Decode = Callable[[Stored, NDArray[np.int64]], Targets]
+"""``Teacher.decode``: stored fields, and the corpus rows that they are of."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TargetRows:
     """Some rows and the targets of all their target positions."""
@@ -101,7 +105,7 @@ def gather(
     held: Mapping[int, Block],
     visits: NDArray[np.int64],
     places: NDArray[np.int64],
-    decode: Callable[[Stored], Targets],
+    decode: Decode,
 ) -> TargetRows:
     """Some rows of several blocks, in the order asked for, decoded.
 
@@ -115,7 +119,7 @@ def gather(
     blocks = [held[int(visits[run[0]])] for run in runs]
     pairs = [(block, block.chosen[places[run]]) for block, run in zip(blocks, runs, strict=True)]
     rows, stored, target_offsets = _join(pairs)
-    return TargetRows(rows=rows, targets=decode(stored), target_offsets=target_offsets)
+    return TargetRows(rows=rows, targets=decode(stored, rows.row_indices), target_offsets=target_offsets)
 
 
 def _spans(offsets: NDArray[np.int64], places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -175,7 +179,7 @@ class Cut:
     end: int
     """How many rows of the order all processes have taken then."""
 
-    def made(self, decode: Callable[[Stored], Targets]) -> TargetRows:
+    def made(self, decode: Decode) -> TargetRows:
         """The rows of the step; any thread can make them."""
         rows = gather(self.held, self.visits, self.places, decode)
         return rows.without_targets() if self.filler else rows

@@ -385,13 +385,22 @@ class Teacher:
             return parts[0]
         return {name: _concatenate([part[name] for part in parts]) for name in names}
 
-    def decode(self, stored: Stored) -> Targets:
+    def decode(self, stored: Stored, rows: NDArray[np.int64] | None = None) -> Targets:
         """Decode positions that ``stored`` gave, any of them in any order.
+
+        Args:
+          stored: their fields.
+          rows: the corpus rows that they are of, so that an error can name the shard.
 
         Raises:
           CorruptError: a code lies outside its table.
         """
-        targets: Targets = self._codec.decode(stored, f"teacher {self.name!r}")
+        try:
+            targets: Targets = self._codec.decode(stored, f"teacher {self.name!r}")
+        except CorruptError:
+            for row in [] if rows is None else rows.tolist():
+                self.row(row)
+            raise
         return targets
 
     def rows(self, first: int, last: int, *, optional: Collection[str] = ()) -> Targets:

@@ -9,7 +9,7 @@ The environment variable ``TAILCACHE_ZARRS`` decides: "auto" (the default), "alw
 same.
 
 It compares no chunk's checksum where it reads only part of an object, and takes an object that is not there for zeros;
-so its caller reads and checks the stored bytes before, which takes a tenth of the time of decoding them.
+so its caller reads and checks the stored bytes before, which takes a small part of the time of decoding them.
 
 Its transpose codec is many times slower than its others. Fields that are stored by columns are therefore declared to it
 as what lies in their objects: a chunk's columns below one another, without any transposition.

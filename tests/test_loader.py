@@ -384,3 +384,21 @@ def test_targets_of_all_rows_once(teacher: Teacher) -> None:
     found = torch.cat([batch["log_target"] for batch in loader_of(teacher)]).numpy()
     stored = Targets.concatenate([teacher.row(row) for row in train_rows(teacher)]).log_target
     assert (np.sort(found) == np.sort(stored)).all()
+
+
+def test_a_code_outside_its_table_is_found_by_its_shard(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checksums can match and yet a code be none, if it was written so; batches are decoded apart from reading."""
+    other = open_cache(teacher.corpus.cache_place).teacher("t")
+    codec = other._codec
+
+    class Refusing:
+        def decode(self, stored: Any, where: str) -> Targets:
+            if "shard 2" in where or "shard" not in where:
+                raise CorruptError(f"{where}, token_codes: expected codes from 0 to 36, found 0 to 99")
+            found: Targets = codec.decode(stored, where)
+            return found
+
+    monkeypatch.setitem(vars(other), "_codec", Refusing())
+    rows = np.arange(*other.layout.shard_rows(2))
+    with pytest.raises(CorruptError, match="shard 2, token_codes"):
+        list(loader_of(other, rows=np.intersect1d(rows, other.corpus.train_rows())))

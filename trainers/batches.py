@@ -175,7 +175,7 @@ class CacheRows(Dataset[RowTargets]):
     def _decode(self, chosen: NDArray[np.int64]) -> list[RowTargets]:
         self.num_decoded += 1
         block = read_block(self.teacher, chosen, optional=self.optional)
-        targets = self.teacher.decode(block.stored)
+        targets = self.teacher.decode(block.stored, block.rows.row_indices)
         decoded = []
         for i in block.chosen.tolist():
             row = block.rows.slice(i, i + 1)
