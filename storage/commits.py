@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,9 @@ __all__ = [
     "load_codec",
     "mean_tail_objects",
     "metadata_files",
+    "missing_shards",
     "read_tail_sum",
+    "shards_of",
     "tail_sum_bytes",
     "tail_sum_path",
 ]
@@ -58,8 +60,21 @@ def committed_shards(place: Place, layout: Layout) -> list[int]:
 
     Cost: lists the folder of the records, so this is for writing and for taking stock, not for reading.
     """
-    found = (re.fullmatch(r"commits/(\d{8})\.json", name) for name, _ in place.files("commits"))
-    return sorted(shard for match in found if match and (shard := int(match[1])) < layout.num_shards)
+    return sorted(shard for shard in shards_of(name for name, _ in place.files("commits")) if shard < layout.num_shards)
+
+
+def shards_of(names: Iterable[str]) -> Iterator[int]:
+    """The shards whose commit records are among some names, relative to the group."""
+    for name in names:
+        found = re.fullmatch(r"commits/(\d{8,16})\.json", name)
+        if found and commit_path(int(found[1])) == name:
+            yield int(found[1])
+
+
+def missing_shards(layout: Layout, committed: Iterable[int]) -> Iterator[int]:
+    """The shards that are not among the committed ones, in order; one at a time, for a layout may claim any number."""
+    have = set(committed)
+    return (shard for shard in range(layout.num_shards) if shard not in have)
 
 
 def metadata_files(layout: Layout) -> Iterator[tuple[str, bytes]]:

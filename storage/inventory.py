@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tailcache.storage.commits import MANIFEST_COPY, committed_shards
+from tailcache.storage.commits import MANIFEST_COPY, committed_shards, missing_shards
 from tailcache.storage.corpus import Corpus
-from tailcache.storage.durable import sha256
-from tailcache.storage.errors import CorruptError, MismatchError, NotFoundError
+from tailcache.storage.errors import CorruptError, NotFoundError
 from tailcache.storage.layout import Layout, check_name, commit_path
+from tailcache.storage.limits import MAX_COMMIT, MAX_MANIFEST
 from tailcache.storage.place import Place
-from tailcache.storage.sealed import MAX_BYTES, unseal
+from tailcache.storage.records import parse_commit, parse_manifest
 
 __all__ = ["TeacherInventory", "corpus_bytes", "teacher_inventory"]
 
@@ -62,44 +62,37 @@ def teacher_inventory(corpus: Corpus, name: str) -> TeacherInventory:
     """
     place = corpus.cache_place / "teachers" / check_name(name)
     try:
-        data = place.read_limited("manifest.json", MAX_BYTES)
+        data = place.read_limited("manifest.json", MAX_MANIFEST)
     except FileNotFoundError:
         raise NotFoundError(
             f"{place}: expected a teacher with a manifest, found none; its capture has not committed anything yet"
         ) from None
-    manifest, seal = unseal(data, f"{place}/manifest.json"), sha256(data)
-    if manifest["corpus_hash"] != corpus.hash:
-        raise MismatchError(
-            f"{place}: captured over the corpus {manifest['corpus_hash'][:12]}…, but the cache has "
-            f"{corpus.hash[:12]}…; put the teacher back beside its own corpus, or capture it again"
-        )
-    layout = Layout.from_attributes(manifest["layout"], f"{place}/manifest.json")
+    manifest = parse_manifest(data, f"{place}/manifest.json")
+    manifest.check_corpus(corpus.record, str(place))
+    layout = manifest.layout
     complete = place.exists("complete.json")
     field_bytes = dict.fromkeys(layout.fields(), 0)
-    record_bytes = len(data) + sum((place.size(file) or 0) for file in manifest["files"] if file.endswith("zarr.json"))
+    record_bytes = len(data) + sum((place.size(file) or 0) for file in manifest.files if file.endswith("zarr.json"))
     record_bytes += sum(place.size(file) or 0 for file in ("complete.json", MANIFEST_COPY))
     committed = committed_shards(place, layout)
     positions = 0
     for shard in committed:
-        raw = place.read_limited(commit_path(shard), MAX_BYTES)
-        commit = unseal(raw, f"{place}/{commit_path(shard)}")
-        if commit["shard"] != shard or commit["manifest"] != seal:
-            raise CorruptError(
-                f"{place}/{commit_path(shard)}: belongs to another shard or capture; restore the right one from a copy"
-            )
-        for file, entry in commit["files"].items():
-            field_bytes[file.split("/")[0]] += entry["bytes"]
-        positions += commit["positions"]
+        raw = place.read_limited(commit_path(shard), MAX_COMMIT)
+        commit = parse_commit(raw, f"{place}/{commit_path(shard)}", shard, manifest)
+        for file, entry in commit.files.items():
+            if (field := file.split("/")[0]) in field_bytes:
+                field_bytes[field] += entry.bytes
+        positions += commit.positions
         record_bytes += len(raw)
-    missing = sorted(set(range(layout.num_shards)) - set(committed))
-    if complete and missing:
+    missing = next(missing_shards(layout, committed), None) if complete else None
+    if missing is not None:
         raise CorruptError(
-            f"{place}/{commit_path(missing[0])}: missing, though the capture was complete; restore it from a copy"
+            f"{place}/{commit_path(missing)}: missing, though the capture was complete; restore it from a copy"
         )
     return TeacherInventory(
         name=name,
         place=place,
-        manifest=manifest,
+        manifest=manifest.values,
         layout=layout,
         complete=complete,
         committed_shards=len(committed),

@@ -29,6 +29,7 @@ from tailcache.storage.commits import (
     load_codec,
     mean_tail_objects,
     metadata_files,
+    missing_shards,
     read_tail_sum,
     tail_sum_bytes,
     tail_sum_path,
@@ -38,9 +39,11 @@ from tailcache.storage.durable import TEMPORARY, sha256
 from tailcache.storage.errors import CorruptError, MismatchError, StorageError
 from tailcache.storage.hidden import HiddenLayout, StoredHead
 from tailcache.storage.layout import Layout, check_name, commit_path
+from tailcache.storage.limits import MAX_COMMIT, MAX_MANIFEST
 from tailcache.storage.place import Claim
 from tailcache.storage.plan import plan_layout
-from tailcache.storage.sealed import seal, unseal
+from tailcache.storage.records import Commit, Manifest, parse_commit, parse_complete, parse_manifest
+from tailcache.storage.sealed import seal
 
 __all__ = ["Targets", "TargetsWriter", "differences", "plan_layout"]
 
@@ -104,6 +107,7 @@ class TargetsWriter:
         }
         self._provenance = provenance or {}
         self._manifest_seal = ""
+        self._record: Manifest | None = None
         self._codec: AnyCodec | None = None
         self._claims: dict[int, Claim] = {}
         self._state = threading.Lock()  # shards are taken in one thread and written in another
@@ -133,7 +137,7 @@ class TargetsWriter:
         with self._state:
             if not self._manifest_seal:
                 try:
-                    data = self.place.read("manifest.json")
+                    data = self.place.read_limited("manifest.json", MAX_MANIFEST)
                 except FileNotFoundError:
                     return False
                 self._join(data)
@@ -141,11 +145,12 @@ class TargetsWriter:
 
     def _join(self, data: bytes) -> None:
         """Take over a manifest, if it is that of this very capture."""
-        manifest = unseal(data, f"{self.place}/manifest.json")
-        stored = {key: manifest.get(key) for key in self._identity}
-        version = stored["layout"].get("format_version") if isinstance(stored["layout"], dict) else None
+        record = parse_manifest(data, f"{self.place}/manifest.json")
+        stored = {key: record.values.get(key) for key in self._identity}
+        version = record.layout.format_version
         if version != self.layout.format_version and not self.place.exists("complete.json"):
-            by = stored["settings"].get("versions", {}).get("tailcache") if isinstance(stored["settings"], dict) else ""
+            versions = record.settings.get("versions")
+            by = versions.get("tailcache") if isinstance(versions, dict) else ""
             by = f"tailcache {by}" if by else "the version of tailcache that wrote it"
             raise MismatchError(
                 f"{self.place}: a capture of this name was begun in format version {version} and never finished; this "
@@ -159,8 +164,8 @@ class TargetsWriter:
                 + "; ".join(f"{field}: stored {a!r}, asked for {b!r}" for field, a, b in found[:8])
                 + ". Give the new capture another --name, or use the stored settings to continue this one"
             )
-        self._codec = load_codec(self.place, self.layout, manifest["files"])
-        self._manifest_seal = sha256(data)
+        self._codec = load_codec(self.place, self.layout, record.files)
+        self._record, self._manifest_seal = record, record.seal
 
     def _expect_nothing(self) -> None:
         if (committed_shards(self.place, self.layout) or self.place.exists("complete.json")) and not self.started:
@@ -176,36 +181,33 @@ class TargetsWriter:
                     self._note(shard)
 
     def _note(self, shard: int) -> None:
-        record = self._check_commit(shard, self.place.read(commit_path(shard)))
+        record = self._check_commit(shard, self.place.read_limited(commit_path(shard), MAX_COMMIT))
         with self._state:
             if shard not in self.committed:
                 self.committed.add(shard)
-                self.positions += record["positions"]
-                self.positions_of_others += 0 if shard in self._claims else record["positions"]
-                self.bytes_written += sum(entry["bytes"] for entry in record["files"].values())
+                self.positions += record.positions
+                self.positions_of_others += 0 if shard in self._claims else record.positions
+                self.bytes_written += record.bytes
 
-    def _check_commit(self, shard: int, data: bytes) -> dict[str, Any]:
-        name = f"{self.place}/{commit_path(shard)}"
-        commit = unseal(data, name)
-        if commit["manifest"] != self._manifest_seal or commit["shard"] != shard:
-            raise CorruptError(f"{name}: this commit record belongs to another capture or shard; restore the right one")
-        return commit
+    def _check_commit(self, shard: int, data: bytes) -> Commit:
+        assert self._record is not None
+        return parse_commit(data, f"{self.place}/{commit_path(shard)}", shard, self._record)
 
     def _check_complete(self) -> None:
         try:
-            record = unseal(self.place.read("complete.json"), f"{self.place}/complete.json")
+            data = self.place.read_limited("complete.json", MAX_COMMIT)
         except FileNotFoundError:
             return
+        assert self._record is not None, "without a manifest, this file has been refused"
+        record = parse_complete(data, f"{self.place}/complete.json", self._record)
         self.refresh()  # others may have committed the last ones since
-        missing = [shard for shard in range(self.layout.num_shards) if shard not in self.committed][:1]
-        if missing:
+        missing = next(missing_shards(self.layout, self.committed), None)
+        if missing is not None:
             raise CorruptError(
-                f"{self.place}/{commit_path(missing[0])}: missing, though the capture was complete; restore it from a "
+                f"{self.place}/{commit_path(missing)}: missing, though the capture was complete; restore it from a "
                 "copy, or run `tailcache verify --repair` with the teacher"
             )
-        if record["manifest"] != self._manifest_seal or record["commits"] != commit_chain(
-            self.place, self.layout.num_shards
-        ):
+        if record.commits != commit_chain(self.place, self.layout.num_shards):
             raise CorruptError(
                 f"{self.place}/complete.json: belongs to another manifest or other commit records; restore the right "
                 "one, or run `tailcache verify --repair` with the teacher"
@@ -311,7 +313,10 @@ class TargetsWriter:
             for name, data in objects.items():
                 self._write_checked(name, data)
             self.place.write(tail_sum_path(shard), tail_sum_bytes(tail_sum))
-        if not self.place.create(commit_path(shard), commit) and self.place.read(commit_path(shard)) != commit:
+        if (
+            not self.place.create(commit_path(shard), commit)
+            and self.place.read_limited(commit_path(shard), MAX_COMMIT) != commit
+        ):
             raise MismatchError(
                 f"{self.place}, shard {shard}: another process has committed other bytes than this one made, though "
                 "its settings are the same; are the machines different? Run `tailcache verify`"
@@ -379,8 +384,8 @@ class TargetsWriter:
     def _complete(self) -> None:
         total = np.zeros(self.layout.vocab_size)
         for shard in range(self.layout.num_shards):  # in this order, whoever captured them
-            commit = self._check_commit(shard, self.place.read(commit_path(shard)))
-            total += read_tail_sum(self.place, shard, commit["tail_sum"])
+            commit = self._check_commit(shard, self.place.read_limited(commit_path(shard), MAX_COMMIT))
+            total += read_tail_sum(self.place, shard, commit.tail_sum)
         means = dict(mean_tail_objects(self.layout, total))
         for name, data in means.items():
             self._write_checked(name, data)

@@ -10,11 +10,12 @@ against each other; ``fast`` reads the records, all metadata, and the size of ev
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from tailcache.storage.commits import MANIFEST_COPY, committed_shards, tail_sum_path
+from tailcache.storage.commits import MANIFEST_COPY, committed_shards, missing_shards, shards_of, tail_sum_path
 from tailcache.storage.corpus import Corpus, corpus_arrays
 from tailcache.storage.durable import TEMPORARY
 from tailcache.storage.errors import ConfigError, NotFoundError, StorageError, TailcacheError
@@ -44,6 +45,7 @@ Level = Literal["fast", "full"]
 QUARANTINE = "quarantine"
 """The folder of a cache that holds what repair has put aside; it is no part of the cache."""
 _PIECE = 32 << 20
+_MOST_MISSING = 100_000  # shards without a record that are listed one by one
 _TOGETHER = 64  # commit records that are fetched at once
 _OF_CORPUS = (
     "restore it from a copy; or prepare the same source with the same settings elsewhere and copy the file: if the "
@@ -385,7 +387,7 @@ class _Check:
         layout = manifest.layout
         committed = self._committed(folder, layout, state)
         state.committed = len(committed)
-        for shard in sorted(set(range(layout.num_shards)) - set(committed)) if state.complete else ():
+        for shard in self._missing(layout, committed) if state.complete else ():
             path = folder + commit_path(shard)
             self._fault(path, "missing, though the capture was complete", _REPAIR, shard=shard)
             self._know_objects(folder, layout, shard)
@@ -422,13 +424,17 @@ class _Check:
 
     def _committed(self, folder: str, layout: Layout, state: TeacherState) -> list[int]:
         """The shards whose commit record was there when the files were listed, or came before ``complete.json``."""
-        paths = {shard: folder + commit_path(shard) for shard in range(layout.num_shards)}
-        late = {shard for shard, path in paths.items() if path not in self._sizes} if state.complete else set()
+        names = (name.removeprefix(folder) for name in self._sizes if name.startswith(folder))
+        here = [shard for shard in shards_of(names) if shard < layout.num_shards]
+        late = set(self._missing(layout, here)) if state.complete else set()
         if len(late) > _TOGETHER:  # rather one listing than a question for each
             late &= set(committed_shards(self.place / folder.rstrip("/"), layout))
-        return [
-            shard for shard, path in paths.items() if path in self._sizes or (shard in late and self._came_later(path))
-        ]
+        return sorted([*here, *(shard for shard in late if self._came_later(folder + commit_path(shard)))])
+
+    @staticmethod
+    def _missing(layout: Layout, committed: Iterable[int]) -> Iterable[int]:
+        """Shards without a record; not all of them where a layout claims more than anybody could look at."""
+        return itertools.islice(missing_shards(layout, committed), _MOST_MISSING)
 
     def _objects(self, folder: str, commit: Commit) -> None:
         self._read_ahead(folder + name for name in commit.files)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tailcache.storage.errors import TailcacheError
+from tailcache.storage.inventory import teacher_inventory
 from tailcache.storage.reader import open_cache
 from tailcache.storage.verify import verify
 
@@ -74,7 +75,12 @@ def read(cache: Path) -> dict[str, Any]:
         found = open_cache(cache).corpus
         return [float(found.rows(0, found.num_rows).tokens.sum()), float(found.token_counts.sum())]
 
+    def info() -> list[int]:
+        found = teacher_inventory(open_cache(cache).corpus, "t")
+        return [found.committed_shards, found.positions, sum(found.field_bytes.values())]
+
     attempt("rows", rows)
+    attempt("info", info)
     attempt("constants", constants)
     attempt("corpus", corpus)
     attempt("verify", lambda: [str(fault) for fault in verify(cache)])
