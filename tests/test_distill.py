@@ -632,6 +632,20 @@ def test_accumulated_steps_of_a_real_run_are_those_of_large_batches(teacher: Tea
 # ---- a whole run ----
 
 
+def test_the_cache_cannot_replace_a_students_own_files(
+    teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "config.json").write_text('{"auto_map": {"AutoModelForCausalLM": "evil.Model"}}')
+    (tokenizer / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(teacher.corpus, "tokenizer_dir", tokenizer)
+    trainer = _trainer(teacher, tmp_path / "run", objective_for(teacher, "clm"))
+    trainer.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved/tokenizer.json").read_text() == "{}"
+    assert "auto_map" not in json.loads((tmp_path / "saved/config.json").read_text())
+
+
 @pytest.mark.parametrize("loss", ["clm", "kd", "tad"])
 def test_a_run_leaves_a_plain_checkpoint_and_says_where_it_came_from(
     teacher: Teacher, loss: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

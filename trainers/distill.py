@@ -392,7 +392,8 @@ class DistillTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir or ".")
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; tailcache.json says it in the open
         for file in sorted(self.teacher.corpus.tokenizer_dir.iterdir()):
-            shutil.copyfile(file, folder / file.name)
+            if not (folder / file.name).exists():  # whatever a cache calls its files, the student's own stay
+                shutil.copyfile(file, folder / file.name)
         if not _internal_call:
             self.write_record(folder)
 
