@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Block", "Cut", "Stored", "TargetRows", "gather", "read_block", "walk"]
 
+_LONG_ROW = 256  # elements
 _MAX_GAP_ROWS = 8  # rows read along rather than starting another read
 
 
@@ -122,50 +123,70 @@ def gather(
     return TargetRows(rows=rows, targets=decode(stored, rows.row_indices), target_offsets=target_offsets)
 
 
-def _spans(offsets: NDArray[np.int64], places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The indices of all elements of some rows, and how many each has."""
-    starts, lengths = offsets[places], offsets[places + 1] - offsets[places]
-    shift = starts - (np.cumsum(lengths) - lengths)
-    return np.repeat(shift, lengths) + np.arange(int(lengths.sum())), lengths
+class _Span:
+    """Some rows' elements of flat arrays, one after another."""
+
+    def __init__(self, offsets: NDArray[np.int64], places: NDArray[np.int64]) -> None:
+        starts = offsets[places]
+        self.lengths = offsets[places + 1] - starts
+        ends = np.cumsum(self.lengths)
+        self.total = int(ends[-1]) if len(ends) else 0
+        if self.total >= _LONG_ROW * len(places):  # a copy for each row, of so many bytes that this is the fastest
+            self.slices = list(zip(starts.tolist(), (ends - self.lengths).tolist(), self.lengths.tolist(), strict=True))
+        else:
+            index = np.repeat(starts - (ends - self.lengths), self.lengths)
+            self.index = np.add(index, np.arange(self.total), out=index)
+            self.slices = []
+
+    def copy(self, values: NDArray[Any], out: NDArray[Any], axis: int) -> None:
+        """Copy the elements, along an axis."""
+        if not self.slices:
+            if self.total:
+                np.take(values, self.index, axis=axis, out=out, mode="clip")
+            return
+        for start, first, length in self.slices:
+            if axis:
+                out[:, first : first + length] = values[:, start : start + length]
+            else:
+                out[first : first + length] = values[start : start + length]
 
 
 def _join(pairs: list[tuple[Block, NDArray[np.int64]]]) -> tuple[Rows, Stored, NDArray[np.int64]]:
     """Some rows of each block, by their indices in it, after one another; one copy."""
-    tokens = [_spans(block.rows.offsets, places) for block, places in pairs]
-    targets = [_spans(block.target_offsets, places) for block, places in pairs]
+    tokens = [_Span(block.rows.offsets, places) for block, places in pairs]
+    targets = [_Span(block.target_offsets, places) for block, places in pairs]
 
-    def collect(of: Callable[[Block], NDArray[Any]], indices: list[NDArray[np.int64]]) -> NDArray[Any]:
+    def collect(of: Callable[[Block], NDArray[Any]], spans: list[_Span]) -> NDArray[Any]:
         first = of(pairs[0][0])
         by_column = first.flags.f_contiguous and first.ndim > 1  # as it was stored; taken so, and left so
-        out = empty((sum(map(len, indices)), *first.shape[1:]), first.dtype, order="F" if by_column else "C")
+        total = sum(span.total for span in spans)
+        out = empty((total, *first.shape[1:]), first.dtype, order="F" if by_column else "C")
         done = 0
-        for (block, _), index in zip(pairs, indices, strict=True):
-            part, values = out[done : done + len(index)], of(block)
-            if by_column:
-                np.take(values.T, index, axis=1, out=part.T, mode="clip")
-            else:
-                np.take(values, index, axis=0, out=part, mode="clip")
-            done += len(index)
+        for (block, _), span in zip(pairs, spans, strict=True):
+            part, values = out[done : done + span.total], of(block)
+            span.copy(values.T if by_column else values, part.T if by_column else part, int(by_column))
+            done += span.total
         return out
 
-    def offsets(lengths: list[NDArray[np.int64]]) -> NDArray[np.int64]:
-        return np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
+    def by_row(of: Callable[[Block], NDArray[Any]]) -> NDArray[Any]:
+        return np.concatenate([of(block)[places] for block, places in pairs])
 
-    by_row = [places for _, places in pairs]
-    by_token, by_target = [index for index, _ in tokens], [index for index, _ in targets]
+    def offsets(spans: list[_Span]) -> NDArray[np.int64]:
+        return np.concatenate([[0], np.cumsum(np.concatenate([span.lengths for span in spans]))]).astype(np.int64)
+
     rows = Rows(
-        row_indices=collect(lambda block: block.rows.row_indices, by_row),
-        offsets=offsets([lengths for _, lengths in tokens]),
-        tokens=collect(lambda block: block.rows.tokens, by_token),
-        document_start=collect(lambda block: block.rows.document_start, by_token),
-        supervised=collect(lambda block: block.rows.supervised, by_token),
-        held_out=collect(lambda block: block.rows.held_out, by_row),
+        row_indices=by_row(lambda block: block.rows.row_indices),
+        offsets=offsets(tokens),
+        tokens=collect(lambda block: block.rows.tokens, tokens),
+        document_start=collect(lambda block: block.rows.document_start, tokens),
+        supervised=collect(lambda block: block.rows.supervised, tokens),
+        held_out=by_row(lambda block: block.rows.held_out),
     )
 
     def field(name: str) -> NDArray[Any]:
-        return collect(lambda block: block.stored[name], by_target)
+        return collect(lambda block: block.stored[name], targets)
 
-    return rows, {name: field(name) for name in pairs[0][0].stored}, offsets([lengths for _, lengths in targets])
+    return rows, {name: field(name) for name in pairs[0][0].stored}, offsets(targets)
 
 
 @dataclass(frozen=True, kw_only=True)

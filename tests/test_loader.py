@@ -87,6 +87,15 @@ def test_a_batch_holds_its_rows_and_their_targets(teacher: Teacher) -> None:
         assert not {"log_z_tail", "hidden", "hidden_scale", "held_out"} & set(batch)
 
 
+def test_long_rows_are_copied_in_another_way_and_are_the_same(
+    teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = list(loader_of(teacher, batch_rows=7))
+    monkeypatch.setattr("tailcache.storage.blocks._LONG_ROW", 0)
+    for batch, other in zip(loader_of(teacher, batch_rows=7), expected, strict=True):
+        assert all(torch.equal(batch[name], other[name]) for name in other)
+
+
 def test_optional_fields_are_read_where_they_are_asked_for(tmp_path: Path) -> None:
     make_exact(make_corpus(tmp_path), temperatures=(2.0, 0.5), hidden="int8").write("t")
     teacher = open_cache(tmp_path).teacher("t")
