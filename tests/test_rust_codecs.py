@@ -58,10 +58,10 @@ def test_it_is_really_used(shared: Exact, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr("tailcache.storage.objects.read_chunks", watched)
     open_cache(shared.corpus.cache_place).teacher("t").rows(0, 4, optional=OPTIONAL)
-    assert {"token_codes", "logprob_gaps", "log_tail", "hidden"} <= set(calls)
+    assert {"token_codes", "logprob_gaps", "tail_logit", "hidden"} <= set(calls)
 
 
-@pytest.mark.parametrize("field", ["token_codes", "logprob_gaps", "log_tail"])
+@pytest.mark.parametrize("field", ["token_codes", "logprob_gaps", "tail_logit"])
 @pytest.mark.parametrize("damage", ["gone", "flipped", "short", "header"])
 def test_damage_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, damage: str) -> None:
     """Also when it comes after the object was first looked at."""
