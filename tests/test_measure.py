@@ -53,11 +53,20 @@ def test_synthetic_targets_are_distributions() -> None:
     assert all(len(set(row)) == 8 for row in targets.token_ids.tolist())
 
 
+@pytest.mark.slow
 def test_the_reader_bench_runs(tmp_path: Path) -> None:
     out = tmp_path / "reader.json"
     bench(
         BenchReader(
-            positions=3000, row_positions=100, vocab_size=500, top_k=8, num_samples=2, repeats=1, s3=False, json=out
+            positions=3000,
+            row_positions=100,
+            vocab_size=500,
+            top_k=8,
+            num_samples=2,
+            repeats=1,
+            workers=1,
+            s3=False,
+            json=out,
         )
     )
     assert json.loads(out.read_text())["figures"]["positions"] == 3000
