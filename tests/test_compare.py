@@ -113,7 +113,7 @@ def test_bytes_per_position_are_the_files_sizes(pair: tuple[Path, list[Position]
     for field, size in found.teachers[0].bytes_per_position.items():
         on_disk = sum(f.stat().st_size for f in (cache / "teachers/small" / field / "c").rglob("*") if f.is_file())
         assert size == pytest.approx(on_disk / len(positions)), field
-    assert len(found.teachers[0].bytes_per_position) == 7
+    assert len(found.teachers[0].bytes_per_position) == 6
 
 
 def test_context_bins_count_what_was_read_of_the_document(pair: tuple[Path, list[Position], Dense, Dense]) -> None:

@@ -220,7 +220,7 @@ def test_verify_finds_damage_in_the_bucket_and_not_in_copies(
     place.write(name, whole[:40] + bytes([whole[40] ^ 1]) + whole[41:])
     try:
         assert main(["verify", "--cache", caches.url]) == 1
-        assert "log_tail" in capsys.readouterr().out
+        assert "field tail_logit" in capsys.readouterr().out
     finally:
         place.write(name, whole)
 
