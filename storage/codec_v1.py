@@ -19,9 +19,21 @@ from tailcache.storage.errors import CorruptError
 from tailcache.storage.fields import OPTIONAL, SCALARS, Targets, check_targets
 from tailcache.storage.levels import round_mantissa
 
-__all__ = ["CodecV1"]
+__all__ = ["CodecV1", "encode_optional"]
 
 _DECODE_POSITIONS = 1024  # so that a block's arrays stay in the processor's cache
+
+
+def encode_optional(targets: Targets) -> dict[str, NDArray[Any]]:
+    """The stored arrays of the optional fields that some targets have; the same in both versions."""
+    encoded: dict[str, NDArray[Any]] = {}
+    if targets.log_z_tail.shape[1]:
+        encoded["log_z_tail"] = round_mantissa(targets.log_z_tail)
+    if targets.hidden.shape[1]:
+        encoded["hidden"] = targets.hidden
+        if targets.hidden.dtype == np.int8:
+            encoded["hidden_scale"] = targets.hidden_scale
+    return encoded
 
 
 class CodecV1:
@@ -83,13 +95,7 @@ class CodecV1:
         }
         if samples.shape[1]:
             encoded["tail_sample_codes"] = np.diff(samples, axis=1, prepend=0).astype(self.id_type)
-        if targets.log_z_tail.shape[1]:
-            encoded["log_z_tail"] = round_mantissa(targets.log_z_tail)
-        if targets.hidden.shape[1]:
-            encoded["hidden"] = targets.hidden
-            if targets.hidden.dtype == np.int8:
-                encoded["hidden_scale"] = targets.hidden_scale
-        return encoded
+        return encoded | encode_optional(targets)
 
     def decode(self, stored: dict[str, NDArray[Any]], where: str = "targets") -> Targets:
         """The inverse of ``encode``, to its resolution; optional fields that are not given come back empty.

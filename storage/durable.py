@@ -87,6 +87,13 @@ def make_folder(folder: Path) -> None:
             _sync_folder(new.parent)
 
 
+def _write_flushed(path: Path, data: bytes | memoryview) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def write_file(path: Path, data: bytes | memoryview) -> None:
     """Write a file so that it is whole on the device before its name exists.
 
@@ -100,10 +107,7 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
     temporary = path.with_name(path.name + TEMPORARY)
     with named(path, "writing"):
         try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            _write_flushed(temporary, data)
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -124,10 +128,7 @@ def create_file(path: Path, data: bytes | memoryview) -> bool:
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}{TEMPORARY}")
     with named(path, "writing"):
         try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            _write_flushed(temporary, data)
             os.link(temporary, path)
         except FileExistsError:
             return False
