@@ -370,6 +370,7 @@ found = [None] * torch.distributed.get_world_size()
 torch.distributed.all_gather_object(found, {"seen": seen, "state": loader.state_dict()})
 if torch.distributed.get_rank() == 0:
     print(json.dumps(found))
+torch.distributed.destroy_process_group()  # its threads would end the process with an abort, now and then
 """
 
 
