@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 
 from tailcache.storage.classes import choose_classes, class_codes, class_costs, learn_classes
 from tailcache.storage.codec_v1 import CodecV1, encode_optional
+from tailcache.storage.compiled import decode_loops
 from tailcache.storage.errors import CorruptError
 from tailcache.storage.fields import OPTIONAL, SCALARS, Targets, check_targets
 from tailcache.storage.fixed_point import fixed_of, float_of, logit_of, logs_of
@@ -71,7 +72,6 @@ __all__ = [
 ]
 
 _BLOCK, _BLOCK_IDS = 4096, 1 << 18  # positions and ids decoded at a time: few calls, and still in the processor's cache
-_FEW = 128  # terms of a sum in float32
 _PAD = 16
 """Rows that are a power of two apart in memory compete for the same lines of the processor's cache, and transposing
 them takes nine times as long."""
@@ -111,6 +111,8 @@ class Codec:
         self._order, self._lists = order, lists
         self._tokens = np.concatenate([order, lists.ravel()]).astype(np.int32)
         self._minus_levels = -levels.astype(np.float32)
+        self._weights = np.exp(self._minus_levels)
+        self._levels_L2 = np.stack([self._minus_levels, self._weights], axis=1)
         self._steps = scalar_steps
         self.id_type = self.id_type_for(size, lists.shape[1])
         self.gap_type = self.gap_type_for(len(levels))
@@ -214,9 +216,9 @@ class Codec:
         step = max(1, min(_BLOCK, _BLOCK_IDS // max(top_k, num_samples)))
         for first in range(0, num, step):
             part = slice(first, min(first + step, num))
-            self._decode_logprobs(gaps_TK[part], log_head_T[part], logprobs[part], where)
             chosen_T = None if classes_T is None else classes_T[part]
-            self._decode_ids(codes_TK[part], gaps_TK[part], chosen_T, token_ids[part], where)
+            ids_TK, logprobs_TK = token_ids[part], logprobs[part]
+            self._decode_head(codes_TK[part], gaps_TK[part], chosen_T, log_head_T[part], ids_TK, logprobs_TK, where)
             if samples_Tm is not None:
                 self._decode_samples(samples_Tm[part], places, tail_samples[part], where)
         optional: dict[str, Any] = {name: stored[name] for name in (*OPTIONAL, "hidden_scale") if name in stored}
@@ -231,10 +233,43 @@ class Codec:
             **optional,
         )
 
-    def _decode_logprobs(
-        self, gaps_TK: NDArray[Any], log_head_T: NDArray[np.float32], out_TK: NDArray[np.float32], where: str
+    def _decode_head(
+        self,
+        codes_TK: NDArray[Any],
+        gaps_TK: NDArray[Any],
+        chosen_T: NDArray[np.uint8] | None,
+        log_head_T: NDArray[np.float32],
+        ids_TK: NDArray[np.int32],
+        logprobs_TK: NDArray[np.float32],
+        where: str,
     ) -> None:
-        """Sum the gaps rank by rank, over all positions at once; look up; rescale to the head's mass."""
+        """Ids, and levels rescaled to the head's mass."""
+        share_T = np.empty(len(codes_TK), np.float64)
+        loops = decode_loops(len(codes_TK))
+        num_codes = len(self._order) + self._lists.shape[1]
+        size = 0 if chosen_T is None else self._lists.shape[1]
+        if loops is None or not loops.decode_head(
+            codes_TK,
+            gaps_TK,
+            self._begin_of_lists(chosen_T, len(codes_TK)),
+            size,
+            self._tokens,
+            num_codes,
+            self._levels_L2,
+            ids_TK,
+            logprobs_TK,
+            share_T,
+        ):
+            # What the loops find wrong is found here again, and said.
+            self._decode_levels(gaps_TK, logprobs_TK, share_T, where)
+            self._decode_ids(codes_TK, gaps_TK, chosen_T, ids_TK, where)
+        with np.errstate(divide="ignore"):
+            np.add(logprobs_TK, (log_head_T - np.log(share_T)).astype(np.float32)[:, None], out=logprobs_TK)
+
+    def _decode_levels(
+        self, gaps_TK: NDArray[Any], out_TK: NDArray[np.float32], share_T: NDArray[np.float64], where: str
+    ) -> None:
+        """Sum the gaps rank by rank, over all positions at once; look up; sum up."""
         num, top_k = gaps_TK.shape
         name = f"{where}, logprob_gaps"
         _check(gaps_TK, len(self._minus_levels), name)
@@ -243,17 +278,14 @@ class Codec:
         for k in range(1, top_k):
             np.add(levels_KT[k], levels_KT[k - 1], out=levels_KT[k])
         _check(levels_KT, len(self._minus_levels), name)
+        weights_KT = _buffer("weights", (top_k, num), np.dtype("float32"), _PAD)
+        np.take(self._weights, levels_KT, out=weights_KT, mode="clip")
+        share_T[:] = 0  # rank by rank: a position's terms are added in one order, whatever the others are
+        for k in range(top_k):
+            np.add(share_T, weights_KT[k], out=share_T)
         levels_TK = _buffer("by position", (num, top_k), self._level_type)
         np.copyto(levels_TK, levels_KT.T)
         np.take(self._minus_levels, levels_TK, out=out_TK, mode="clip")
-        weights_TK = _buffer("weights", (num, top_k), np.dtype("float32"))
-        np.exp(out_TK, out=weights_TK)
-        # einsum adds partial sums, much faster than a sum in float64 and exact enough for few terms. Unlike a product
-        # with ones, it adds each position's terms in the same order whatever the others are.
-        few = top_k <= _FEW
-        share_T = np.einsum("tk->t", weights_TK) if few else weights_TK.sum(axis=1, dtype=np.float64)
-        with np.errstate(divide="ignore"):
-            np.add(out_TK, (log_head_T - np.log(share_T)).astype(np.float32)[:, None], out=out_TK)
 
     def _decode_ids(
         self,
@@ -287,15 +319,24 @@ class Codec:
         places_TK = _buffer("places", (num, top_k), np.dtype("int32"))
         np.subtract(codes_by_position_TK, size, out=places_TK, dtype=np.int32, casting="unsafe")
         in_list_TK = np.right_shift(places_TK, 31, out=_buffer("in list", (num, top_k), np.dtype("int32")))
-        lists_T = chosen_T.astype(np.int32) * np.int32(size) + np.int32(len(self._order) + size)
+        lists_T = self._begin_of_lists(chosen_T, num) + np.int32(size)
         np.bitwise_and(in_list_TK, lists_T[:, None], out=in_list_TK)
         np.add(places_TK, in_list_TK, out=places_TK)
         np.take(self._tokens, places_TK, out=out_TK, mode="clip")
+
+    def _begin_of_lists(self, chosen_T: NDArray[np.uint8] | None, num: int) -> NDArray[np.int32]:
+        """[T] where the list of each position's class begins in the table of tokens."""
+        if chosen_T is None:
+            return np.zeros(num, np.int32)
+        return chosen_T.astype(np.int32) * np.int32(self._lists.shape[1]) + np.int32(len(self._order))
 
     def _decode_samples(
         self, samples_Tm: NDArray[Any], places: NDArray[np.intp], out_Tm: NDArray[np.int32], where: str
     ) -> None:
         (num, num_samples), kind = samples_Tm.shape, samples_Tm.dtype
+        loops = decode_loops(0)
+        if loops is not None and loops.decode_samples(samples_Tm, places, self._tokens, len(self._order), out_Tm):
+            return
         ranks_mT = _buffer("by rank", (num_samples, num), kind, _PAD)
         ranks_mT[0] = samples_Tm[:, places[0]]
         for j in range(1, num_samples):
