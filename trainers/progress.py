@@ -61,6 +61,7 @@ class Reporter(TrainerCallback):
         self.last_evaluated_step: int | None = None
         self._bar: Any = None
         self._began = self._waited_before = 0.0
+        self._positions_before, self._written_s = 0, 0.0
         self.training_s = self.waited_s = 0.0
 
     def continue_from(self, step: int, *, fresh: bool) -> None:
@@ -82,6 +83,22 @@ class Reporter(TrainerCallback):
         self._began, self._waited_before = now, waited_s
         return waiting / seconds
 
+    def _write_timing(self, step: int, data_wait: float) -> None:
+        """One line of timing.jsonl: what was done since the last, and how long it took without evaluations.
+
+        Lines say their own positions, since a run that is resumed begins in the middle of one.
+        """
+        positions, self._positions_before = self._positions_before, self.trainer.positions_seen
+        self.timing.append(
+            {
+                "step": step,
+                "data_wait": data_wait,
+                "seconds": self.training_s - self._written_s,
+                "positions": self._positions_before - positions,
+            }
+        )
+        self._written_s = self.training_s
+
     @property
     def waited_share(self) -> float:
         """The share of all the time of training up to the last line of the log that it has waited for data."""
@@ -102,6 +119,7 @@ class Reporter(TrainerCallback):
         """Open the bar."""
         self.last_logged_step = state.global_step
         self._began = time.perf_counter()
+        self._positions_before = self.trainer.positions_seen
         if state.is_world_process_zero:
             self._bar = tqdm(
                 total=state.max_steps,
@@ -142,7 +160,7 @@ class Reporter(TrainerCallback):
             # Apart, so that the curve of a run that was killed and resumed equals one that was not, to the byte.
             values = {name: value for name, value in logs.items() if name != "data_wait"}
             self.training.append({"step": state.global_step, **values})
-            self.timing.append({"step": state.global_step, "data_wait": logs.get("data_wait", 0.0)})
+            self._write_timing(state.global_step, logs.get("data_wait", 0.0))
 
     def on_evaluate(
         self,
@@ -170,7 +188,9 @@ class Reporter(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Close the bar, and stop reading."""
+        """Close the bar, stop reading, and time the steps after the last line of the log."""
+        if state.is_world_process_zero and state.global_step > self.last_logged_step:
+            self._write_timing(state.global_step, self.data_wait())
         self.trainer.end_training()
         if self._bar is not None:
             self._bar.close()

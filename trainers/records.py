@@ -5,7 +5,7 @@
       tailcache.json        what it was trained from (hashes) and how (the resolved settings)
       metrics.jsonl         one line per held-out evaluation
       training.jsonl        one line per `log_every` steps: loss and its parts
-      timing.jsonl          with each of them: the share of the time that training waited for data
+      timing.jsonl          for the same steps: seconds without evaluations, positions, the share of waiting for data
       checkpoint-STEP/      to resume from; complete if and only if it has a tailcache.json, written last
 
 A run that is killed and resumed takes off the lines of steps it will do again, so the curves have one value
@@ -24,6 +24,7 @@ from tailcache.storage import durable
 from tailcache.storage.errors import ConfigError, CorruptError, MismatchError, NotFoundError
 
 __all__ = [
+    "FREE_SETTINGS",
     "RECORD",
     "JsonLines",
     "check_resumable",
@@ -36,9 +37,7 @@ __all__ = [
 
 RECORD = "tailcache.json"
 
-# Settings that may differ between a run and its continuation: they change where, how often or how long, not
-# what.
-_FREE = {
+FREE_SETTINGS = {
     "cache",
     "out",
     "device",
@@ -56,6 +55,7 @@ _FREE = {
     "epochs",
     "max_steps",
 }
+"""Settings that may differ between a run and its continuation: they change where, how often or how long, not what."""
 
 
 def resolved(config: Any) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def check_resumable(checkpoint: Path, expected: dict[str, Any]) -> dict[str, Any
         if found.get(name) != expected[name]
     ]
     was, now = found.get("config", {}), expected["config"]
-    free = _FREE | {"teacher"}
+    free = FREE_SETTINGS | {"teacher"}
     if "rows_per_step" in found:  # how a step is shared among processes and forwards makes no difference
         free = free | {"batch_rows", "gradient_accumulation"}
         if found["rows_per_step"] != expected["rows_per_step"]:

@@ -1,0 +1,187 @@
+"""Sweeps: runs one after another and side by side, killed and begun again, failed, changed, locked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from places import cache_folder
+from training_fixtures import make_cache, one_thread
+
+from tailcache.storage.errors import ConfigError, IncompleteError, MismatchError
+from tailcache.storage.place import open_place
+from tailcache.storage.reader import Teacher
+from tailcache.trainers.config import StudentConfig, TrainConfig
+from tailcache.trainers.records import JsonLines
+from tailcache.trainers.sweep import SweepRun, run_sweep
+from tailcache.trainers.sweep_results import ERROR, SETTINGS, RunResult
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
+    return make_cache(tmp_path_factory.mktemp("sweep") / "cache")
+
+
+def _run(teacher: Teacher, out: Path, name: str, **settings: Any) -> SweepRun:
+    defaults: dict[str, Any] = {
+        "student": StudentConfig(hidden_size=24, num_layers=1, num_heads=2),
+        "batch_rows": 4,
+        "max_steps": 3,
+        "eval_every": 2,
+        "log_every": 2,
+        "learning_rate": 1e-2,
+        "device": "cpu",
+        "threads": 1,
+    }
+    config = TrainConfig(cache=cache_folder(teacher.corpus), out=out / name, **{**defaults, **settings})
+    return SweepRun(name=name, config=config, method=name.partition("/")[0])
+
+
+def _three(teacher: Teacher, out: Path) -> list[SweepRun]:
+    """The second cannot be trained: the cache has no hidden states."""
+    return [
+        _run(teacher, out, "kd/seed-1", loss="kd", seed=1),
+        _run(teacher, out, "exact", loss="kd", tail="exact"),
+        _run(teacher, out, "tad", loss="tad", top_k=3),
+    ]
+
+
+def _comparable(result: RunResult) -> tuple[Any, ...]:
+    return result.name, result.status, result.error, result.curve, result.positions_seen
+
+
+@pytest.fixture(scope="module")
+def sequential(teacher: Teacher, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[RunResult]]:
+    out = tmp_path_factory.mktemp("sequential")
+    return out, run_sweep(_three(teacher, out), out)
+
+
+def test_results_are_read_from_the_runs_own_files(sequential: tuple[Path, list[RunResult]]) -> None:
+    out, (kd, failed, tad) = sequential
+    assert [each.status for each in (kd, failed, tad)] == ["finished", "failed", "finished"]
+    for each in (kd, tad):
+        assert [line["step"] for line in each.curve] == [0, 2, 3]
+        assert each.final == each.curve[-1]
+        timing = JsonLines(each.folder / "timing.jsonl").read()
+        assert [line["step"] for line in timing] == [2, 3]
+        assert sum(line["positions"] for line in timing) == each.positions_seen == each.curve[-1]["positions_seen"]
+        assert each.seconds == sum(line["seconds"] for line in timing)
+        assert each.positions_per_s is not None
+        assert each.hours is not None
+        assert each.hours * 3600 == pytest.approx(each.seconds)
+    assert kd.curve[0]["cross_entropy"] != tad.curve[0]["cross_entropy"]  # another seed
+    assert not (out / "sweep.lock").exists()
+
+
+def test_a_run_that_fails_says_why_and_does_not_stop_the_others(sequential: tuple[Path, list[RunResult]]) -> None:
+    _, (_, failed, _) = sequential
+    assert failed.error is not None
+    assert "hidden" in failed.error
+    assert "Traceback" in (failed.folder / ERROR).read_text()
+    assert failed.final is None
+    assert failed.positions_per_s is None
+
+
+@pytest.mark.slow
+def test_side_by_side_equals_one_after_another(
+    teacher: Teacher, tmp_path: Path, sequential: tuple[Path, list[RunResult]]
+) -> None:
+    parallel = run_sweep(_three(teacher, tmp_path), tmp_path, parallel=2)
+    assert [_comparable(each) for each in parallel] == [_comparable(each) for each in sequential[1]]
+    assert "held-out cross-entropy" in (tmp_path / "tad" / "log.txt").read_text()
+
+
+def test_what_has_finished_is_left_alone_and_what_failed_is_tried_again(
+    teacher: Teacher, sequential: tuple[Path, list[RunResult]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, before = sequential
+    weights = out / "tad" / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    (before[1].folder / ERROR).unlink()
+    again = run_sweep(_three(teacher, out), out)
+    assert [_comparable(each) for each in again] == [_comparable(each) for each in before]
+    assert weights.stat().st_mtime_ns == written
+    shown = capsys.readouterr().out
+    assert "run 3 of 3: exact" in shown
+    assert "tad" not in shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 2e-2}, "tad: learning_rate was 0.01, and now is 0.02"),
+        ({"max_steps": 4}, "tad: max_steps was 3, and now is 4"),
+        ({"eval_rows": 1}, "tad: eval_rows was None, and now is 1"),
+        ({"student": StudentConfig(hidden_size=16)}, "tad: student was"),
+    ],
+    ids=["rate", "length", "held-out", "student"],
+)
+def test_changed_settings_of_a_finished_run_are_refused_by_name(
+    teacher: Teacher, sequential: tuple[Path, list[RunResult]], changes: dict[str, Any], message: str
+) -> None:
+    out, _ = sequential
+    runs = [_run(teacher, out, "new", loss="clm"), _run(teacher, out, "tad", **{"loss": "tad", "top_k": 3, **changes})]
+    with pytest.raises(MismatchError, match=message):
+        run_sweep(runs, out)
+    assert not (out / "new").exists()
+
+
+def test_settings_that_change_nothing_may_differ(teacher: Teacher, sequential: tuple[Path, list[RunResult]]) -> None:
+    out, _ = sequential
+    [result] = run_sweep([_run(teacher, out, "tad", loss="tad", top_k=3, eval_every=1, threads=None)], out)
+    assert result.status == "finished"
+
+
+def test_another_corpus_behind_a_finished_run_is_refused(
+    tmp_path: Path, sequential: tuple[Path, list[RunResult]]
+) -> None:
+    out, _ = sequential
+    other = make_cache(tmp_path / "other", num_rows=8)
+    with pytest.raises(MismatchError, match="tad: its corpus was"):
+        run_sweep([_run(other, out, "tad", loss="tad", top_k=3)], out)
+
+
+def test_two_sweeps_do_not_share_a_folder(teacher: Teacher, tmp_path: Path) -> None:
+    claim = open_place(tmp_path).claim("sweep.lock")
+    assert claim is not None
+    with pytest.raises(IncompleteError, match="another sweep works here"):
+        run_sweep([_run(teacher, tmp_path, "kd", loss="kd")], tmp_path)
+    claim.release()
+
+
+def test_a_folder_somebody_trains_in_is_left_alone(teacher: Teacher, tmp_path: Path) -> None:
+    claim = open_place(tmp_path / "kd").claim("run.lock")
+    assert claim is not None
+    [result] = run_sweep([_run(teacher, tmp_path, "kd", loss="kd")], tmp_path)
+    claim.release()
+    assert result.error is not None
+    assert "another process trains here" in result.error
+    assert not (tmp_path / "kd" / SETTINGS).exists()
+
+
+def test_runs_must_be_told_apart(teacher: Teacher, tmp_path: Path) -> None:
+    run = _run(teacher, tmp_path, "kd")
+    with pytest.raises(ConfigError, match="one name per run"):
+        run_sweep([run, run], tmp_path)
+    with pytest.raises(ConfigError, match="one folder per run"):
+        run_sweep([run, replace(run, name="other")], tmp_path)
+    with pytest.raises(ConfigError, match="at least one run"):
+        run_sweep([], tmp_path)
+    with pytest.raises(ConfigError, match="parallel: expected at least 1"):
+        run_sweep([run], tmp_path, parallel=0)
+
+
+def test_json_of_the_settings(teacher: Teacher, sequential: tuple[Path, list[RunResult]]) -> None:
+    settings = json.loads((sequential[0] / "tad" / SETTINGS).read_text())
+    assert settings["top_k"] == 3
+    assert settings["student"]["hidden_size"] == 24

@@ -1,0 +1,123 @@
+"""What the runs of a sweep have left in their folders, read back from their own files.
+
+Nothing is kept in memory from one to the other: a table made while they train, after a restart or years later comes
+from the same files. Light to import: no torch.
+
+    OUT/
+      sweep.lock            while a sweep works here
+      NAME/                 a run: everything `tailcache train` leaves there (see ``records``), and
+        settings.json         what it was asked to be, written before it begins
+        error.txt             why it failed, while it has: one line, then the traceback
+        log.txt               what it printed, where runs go in parallel
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tailcache.storage.errors import CorruptError
+from tailcache.trainers.records import RECORD, JsonLines, last_checkpoint, read_record
+
+__all__ = ["ERROR", "LOG", "SETTINGS", "RunResult", "read_result", "read_settings"]
+
+SETTINGS, ERROR, LOG = "settings.json", "error.txt", "log.txt"
+
+Status = Literal["finished", "failed", "interrupted", "not begun"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """One run, as far as it has come.
+
+    Attributes:
+      name: the run's.
+      folder: where it lies.
+      status: `interrupted` is a run that has begun, has not finished and has not failed: it is running, or was killed.
+      error: of a failed run, one line.
+      record: tailcache.json of a finished run; empty otherwise.
+      curve: the held-out evaluations so far, with "step", "positions_seen" and the metrics (see ``metrics``).
+      seconds: of training so far, without evaluations; None where nothing has been timed.
+      positions_per_s: target positions trained on per second, over the same time.
+    """
+
+    name: str
+    folder: Path
+    status: Status
+    error: str | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+    curve: tuple[dict[str, Any], ...] = ()
+    seconds: float | None = None
+    positions_per_s: float | None = None
+
+    @property
+    def final(self) -> dict[str, Any] | None:
+        """The held-out metrics of the finished student; None if it has none."""
+        return self.curve[-1] if self.status == "finished" and self.curve else None
+
+    @property
+    def positions_seen(self) -> int:
+        """Target positions trained on: all of them for a finished run, else up to its last evaluation."""
+        if "positions_seen" in self.record:
+            return int(self.record["positions_seen"])
+        return int(self.curve[-1]["positions_seen"]) if self.curve else 0
+
+    @property
+    def hours(self) -> float | None:
+        """Of training, without evaluations and without work that a restart did again."""
+        return None if self.positions_per_s is None else self.positions_seen / self.positions_per_s / 3600
+
+
+def read_result(name: str, folder: Path) -> RunResult:
+    """What a run has left in its folder.
+
+    Args:
+      name: the run's.
+      folder: where it lies; may be missing.
+
+    Raises:
+      CorruptError: a record is not what was written.
+    """
+    record: dict[str, Any] = {}
+    error = None
+    status: Status = "not begun"
+    if (folder / RECORD).is_file():
+        status, record = "finished", read_record(folder)
+    elif (folder / ERROR).is_file():
+        status = "failed"
+        error = ((folder / ERROR).read_text(encoding="utf-8").splitlines() or ["no reason was left"])[0]
+    elif any((folder / file).exists() for file in (SETTINGS, "metrics.jsonl")) or last_checkpoint(folder) is not None:
+        status = "interrupted"
+    timed = [line for line in JsonLines(folder / "timing.jsonl").read() if "seconds" in line]
+    seconds = sum(line["seconds"] for line in timed)
+    positions = sum(line["positions"] for line in timed)
+    return RunResult(
+        name=name,
+        folder=folder,
+        status=status,
+        error=error,
+        record=record,
+        curve=tuple(JsonLines(folder / "metrics.jsonl").read()),
+        seconds=seconds or None,
+        positions_per_s=positions / seconds if seconds and positions else None,
+    )
+
+
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """The settings a run was begun with; None if it was not begun by a sweep.
+
+    Raises:
+      CorruptError: the file is not what was written.
+    """
+    path = folder / SETTINGS
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise CorruptError(f"{path}: expected JSON, found something else ({error})") from error
+    if not isinstance(settings, dict):
+        raise CorruptError(f"{path}: expected a JSON object, found {type(settings).__name__}")
+    return settings
