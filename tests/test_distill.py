@@ -54,7 +54,6 @@ from tailcache.trainers.objective import Objective
 from tailcache.trainers.run import train
 from tailcache.trainers.soundness import SOUND_TAILS
 
-NARROW = StudentConfig(hidden_size=24, num_layers=1, num_heads=2)
 SMALL = StudentConfig(hidden_size=32, num_layers=2, num_heads=2)
 KL = partial(objective_for, clm_weight=0.0)
 
@@ -347,9 +346,6 @@ def test_runs_with_hidden_states(hidden_states: dict[str, Teacher], tmp_path: Pa
     curve = _lines(tmp_path / "both" / "training.jsonl")
     for part in ("hidden_cosine", "reverse_kl"):
         assert curve[-1][part] < 0.97 * curve[0][part]
-    with pytest.raises(StudentError, match=r"the teacher's width, 32, found 24; choose --student.hidden-size 32"):
-        train(_config(teacher, tmp_path / "narrow", loss="hidden_cosine", teacher="bf16", student=NARROW))
-    assert not (tmp_path / "narrow" / "metrics.jsonl").exists()
 
 
 def test_atkd_alone_depends_on_the_micro_batches_and_not_on_padding_or_layout(teacher: Teacher, tmp_path: Path) -> None:

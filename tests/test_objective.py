@@ -367,12 +367,13 @@ def test_what_is_not_sound_is_refused_with_the_reason(
 def test_hidden_states_must_be_comparable() -> None:
     stand: Any = Stand()
     cosine = Objective.of(1.0, [LossConfig(name="hidden_cosine")], stand)
-    cosine.check_student(LinearHead(weight=torch.zeros(V, D), vocab_size=V), stand)
-    with pytest.raises(StudentError, match=r"the teacher's width, 6, found 8; choose --student.hidden-size 6"):
-        cosine.check_student(LinearHead(weight=torch.zeros(V, 8), vocab_size=V), stand)
+    same, other = (LinearHead(weight=torch.zeros(V, width), vocab_size=V) for width in (D, 8))
+    cosine.check_student(other)
+    assert [cosine.needs_projection(head, stand) for head in (same, other)] == [False, True]
+    assert not Objective.of(1.0, [LossConfig(name="kd")], stand).needs_projection(other, stand)
     with pytest.raises(StudentError, match=r"head is a linear layer.*found that its head is odd"):
-        cosine.check_student("its head is odd", stand)
-    Objective.of(1.0, [LossConfig(name="kd")], stand).check_student("its head is odd", stand)
+        cosine.check_student("its head is odd")
+    Objective.of(1.0, [LossConfig(name="kd")], stand).check_student("its head is odd")
     with pytest.raises(ConfigError, match="expected hidden_cosine once"):
         Objective.of(1.0, [LossConfig(name="hidden_cosine")] * 2, stand)
 

@@ -47,6 +47,7 @@ from tailcache.trainers.loader import CacheLoader
 from tailcache.trainers.metrics import HeldOutSums, kl_kind, metrics_of_hidden, metrics_of_logits
 from tailcache.trainers.objective import Objective
 from tailcache.trainers.progress import Reporter, quiet_progress
+from tailcache.trainers.projection import attach_projection, load_projection, save_projection, without_projection
 from tailcache.trainers.records import write_record
 from tailcache.trainers.student_head import find_linear_head
 
@@ -150,8 +151,12 @@ class DistillTrainer(Trainer):
         self._step_positions = 0
         self._student, self.head_mode = model, head_mode
         found = find_linear_head(model, teacher.vocab_size)
-        objective.check_student(found, teacher)
+        objective.check_student(found)
         self.head: LinearHead | None = None if isinstance(found, str) else found
+        self.projection: nn.Linear | None = None
+        if self.head is not None and objective.needs_projection(self.head, teacher):
+            width = self.head.weight.shape[1]
+            self.projection = attach_projection(model, width, teacher.hidden_width, seed=args.seed)
         self.why_full_logits = found if isinstance(found, str) else None
         self._seat = None if self.head is None else HeadSeat(model)
         self._aids = objective.aids(teacher, args.device)
@@ -268,7 +273,13 @@ class DistillTrainer(Trainer):
             loss, values_TP = self._seat.run(
                 model,
                 inputs,
-                lambda hidden_TD: prepared.from_hidden(hidden_TD, self._current_head(), coefficients_P, self.head_mode),
+                lambda hidden_TD: prepared.from_hidden(
+                    hidden_TD,
+                    self._current_head(),
+                    coefficients_P,
+                    self.head_mode,
+                    None if self.projection is None else self.projection.weight,
+                ),
             )
         if model.training:
             self._parts += values_TP.sum(0) * scale
@@ -396,6 +407,18 @@ class DistillTrainer(Trainer):
                 shutil.copyfile(file, folder / file.name)
         if not _internal_call:
             self.write_record(folder)
+        elif self.projection is not None and not self.is_fsdp_enabled:  # FSDP's own files have it
+            save_projection(self.projection, folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.projection is not None:
+            state_dict = without_projection(self._student.state_dict() if state_dict is None else state_dict)
+        super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.projection is not None and not self.is_fsdp_enabled:
+            load_projection(self.projection, Path(resume_from_checkpoint))
 
     def write_record(self, folder: Path) -> None:
         """Write tailcache.json: in a checkpoint it comes last and says that the checkpoint is whole."""

@@ -33,8 +33,8 @@ def hidden_cosine(student_hidden_TD: Tensor, teacher_hidden_TD: Tensor) -> Tenso
     if student_hidden_TD.shape != teacher_hidden_TD.shape:
         raise MismatchError(
             f"hidden_cosine: expected hidden states of one shape, found {list(student_hidden_TD.shape)} for the "
-            f"student and {list(teacher_hidden_TD.shape)} for the teacher; a student of another width cannot be "
-            "compared with the teacher's hidden state: choose the teacher's hidden_size or drop this loss"
+            f"student and {list(teacher_hidden_TD.shape)} for the teacher; project the states of a student of "
+            "another width first"
         )
     return 1 - (_direction(student_hidden_TD) * _direction(teacher_hidden_TD)).sum(-1)
 

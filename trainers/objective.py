@@ -121,29 +121,24 @@ class Objective:
         """Whether it compares hidden states."""
         return any(each.name == COSINE for each in self.losses)
 
-    def check_student(self, head: LinearHead | str, teacher: Teacher) -> None:
+    def check_student(self, head: LinearHead | str) -> None:
         """Refuse a student whose hidden states cannot be compared with the teacher's, if they are to be.
 
         Args:
           head: the student's, or why it is not linear.
-          teacher: whose hidden states they are.
 
         Raises:
-          StudentError: with both widths.
+          StudentError: with the reason.
         """
-        if not self.has_cosine:
-            return
-        if isinstance(head, str):
+        if self.has_cosine and isinstance(head, str):
             raise StudentError(
                 f"loss {COSINE!r}: expected a student whose head is a linear layer, since its input is what is "
                 f"compared; found that {head}"
             )
-        if head.weight.shape[1] != teacher.hidden_width:
-            raise StudentError(
-                f"loss {COSINE!r}: expected a student with hidden states of the teacher's width, "
-                f"{teacher.hidden_width}, found {head.weight.shape[1]}; choose --student.hidden-size "
-                f"{teacher.hidden_width} or drop this loss"
-            )
+
+    def needs_projection(self, head: LinearHead | str, teacher: Teacher) -> bool:
+        """Whether hidden states are compared and the student's are of another width than the teacher's."""
+        return self.has_cosine and not isinstance(head, str) and head.weight.shape[1] != teacher.hidden_width
 
     def aids(self, teacher: Teacher, device: torch.device) -> Aids:
         """What it needs of a teacher beside its targets; read once."""

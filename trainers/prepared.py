@@ -17,6 +17,7 @@ from tailcache.trainers.fused_loss import Mode, chunked_loss, fused_loss
 from tailcache.trainers.hidden_cosine import hidden_cosine
 from tailcache.trainers.linear_head import LinearHead
 from tailcache.trainers.parts import Part, Rows
+from tailcache.trainers.projection import project
 from tailcache.trainers.stored_head import teacher_logits
 from tailcache.trainers.terms import StudentTerms, TeacherTerms, student_terms
 
@@ -80,7 +81,12 @@ class Prepared:
         return torch.stack([part(rows, teacher, student, whole) for part in self.parts], dim=-1)
 
     def from_hidden(
-        self, hidden_TD: Tensor, head: LinearHead, coefficients_P: Tensor, mode: Mode
+        self,
+        hidden_TD: Tensor,
+        head: LinearHead,
+        coefficients_P: Tensor,
+        mode: Mode,
+        projection_ED: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The loss fused with the student's head.
 
@@ -89,6 +95,7 @@ class Prepared:
           head: the student's.
           coefficients_P: [P] what each part counts.
           mode: see ``fused_loss``; dense parts have one mode only.
+          projection_ED: takes the student's hidden states to the teacher's width E, where that is another.
 
         Returns:
           The sum over positions and parts, differentiable, and the parts [T, P], nats.
@@ -111,7 +118,8 @@ class Prepared:
                 temperatures=self.temperatures,
             )
         if self.has_cosine and self.hidden_TD is not None:
-            cosine_T = hidden_cosine(hidden_TD, self.hidden_TD)
+            own_TE = hidden_TD if projection_ED is None else project(hidden_TD, projection_ED)
+            cosine_T = hidden_cosine(own_TE, self.hidden_TD)
             total = total + coefficients_P[-1] * cosine_T.sum()
             values_TP = torch.cat([values_TP, cosine_T.detach()[:, None].to(values_TP.dtype)], dim=-1)
         return total, values_TP

@@ -249,15 +249,20 @@ def _described(student: Student) -> dict[str, Any]:
 def _introduction(config: TrainConfig, trainer: DistillTrainer, student: Student, checkpoint: Path | None) -> list[str]:
     """What is about to happen, in a few lines."""
     corpus = trainer.teacher.corpus
-    parameters = sum(p.numel() for p in student.model.parameters())
     lines = [
-        f"student: {type(student.model).__name__}, {parameters:,} parameters, {config.precision}",
+        f"student: {type(student.model).__name__}, {trainer.record['student']['num_parameters']:,} parameters, "
+        f"{config.precision}",
         f"loss: {_loss_line(trainer)}",
         f"data: {len(trainer.train_rows):,} rows for training and {len(trainer.held_out):,} held out, of "
         f"{corpus.num_targets:,} target positions in all",
         *(f"note: {note}" for note in student.notes),
         *_prefix_note(trainer.teacher),
     ]
+    if trainer.projection is not None:
+        lines.append(
+            f"note: hidden states are compared through a learned projection from the student's width, "
+            f"{trainer.projection.in_features}, to the teacher's, {trainer.projection.out_features}"
+        )
     if trainer.why_full_logits is not None:
         lines.append(
             "note: the loss is worked out from full logits, which takes more memory and time: "
