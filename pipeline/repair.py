@@ -157,7 +157,7 @@ class _TeacherRepair:
         if ended:  # then nobody needs the sums of tails
             self._mender.damaged -= {path for path in self._mender.damaged if path.startswith("partial/")}
         if ended and not self._mender.place.exists("complete.json"):
-            self._mender.damaged |= {"complete.json", *self._missing_commits()}
+            self._mender.damaged |= {"complete.json", *(self._missing_commits() if corpus_is_good else ())}
         if self._wanted_shards() or self._wanted_constants():
             self._with_model(corpus_is_good, load)
         if ended and self._mender.damaged & {"complete.json", *self._mean_tails()}:
@@ -172,7 +172,12 @@ class _TeacherRepair:
         return [constants[name].object_path(0) for name in MEAN_TAILS if name in constants]
 
     def _missing_commits(self) -> set[str]:
-        layout = self._manifest.layout
+        layout, num_rows = self._manifest.layout, Corpus(self._cache).num_rows
+        if layout.num_rows != num_rows:
+            raise MismatchError(
+                f"teacher {self._name!r}: expected a manifest about the {num_rows} rows of the corpus, found "
+                f"{layout.num_rows}; restore manifest.json from a copy"
+            )
         there = {name for name, _ in self._mender.place.files("commits")}
         return {commit_path(shard) for shard in range(layout.num_shards)} - there
 

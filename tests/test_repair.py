@@ -13,6 +13,7 @@ import pytest
 import torch
 from capture_fixtures import config, pack, random_documents, save_teacher, tiny_model, write_corpus
 from faults import Killed, flip, killed_at, swap
+from forge import edit
 from storage_fixtures import make_corpus, make_exact, tree
 
 from tailcache.pipeline import opened as opened_module
@@ -21,6 +22,7 @@ from tailcache.pipeline.capture import capture, capture_shard
 from tailcache.pipeline.repair import repair_cache
 from tailcache.pipeline.teacher import Teacher
 from tailcache.scripts import cli
+from tailcache.storage.commits import MANIFEST_COPY
 from tailcache.storage.errors import MismatchError
 from tailcache.storage.mending import Mended
 from tailcache.storage.place import open_place
@@ -185,6 +187,16 @@ def test_without_the_record_of_the_whole_lost_commits_are_made_and_it_is_said(ca
     assert after.faults == []
     assert without_quarantine(cache) == tree(sound)
     assert any("shards 3: their commit records were made again, and no record is left" in note for note in mended.notes)
+
+
+def test_a_manifest_that_claims_countless_shards_is_not_counted_through(cache: Path) -> None:
+    """Were their names listed, the machine would run out of memory."""
+    teacher = cache / "teachers" / "t"
+    for path in (teacher / "manifest.json", teacher / MANIFEST_COPY):
+        edit(path, lambda values: values["layout"].update(num_rows=1 << 40, num_positions=1 << 40, rows_per_shard=1))
+    (teacher / "complete.json").unlink()
+    with pytest.raises(MismatchError, match="about the .* rows of the corpus, found 1099511627776"):
+        mend(cache)
 
 
 @pytest.mark.parametrize("exchange", ["objects", "commits", "fields"])
