@@ -195,7 +195,7 @@ def test_a_manifest_that_claims_countless_shards_is_not_counted_through(cache: P
     for path in (teacher / "manifest.json", teacher / MANIFEST_COPY):
         edit(path, lambda values: values["layout"].update(num_rows=1 << 40, num_positions=1 << 40, rows_per_shard=1))
     (teacher / "complete.json").unlink()
-    with pytest.raises(MismatchError, match="about the .* rows of the corpus, found 1099511627776"):
+    with pytest.raises(MismatchError, match=r"about the .* rows of the corpus, found 1099511627776"):
         mend(cache)
 
 
