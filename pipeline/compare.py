@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from tailcache.pipeline.bootstrap import Figure, Resampled
 from tailcache.pipeline.compare_sums import CONTEXT_BINS, RowSums, row_sums, tail_ladder
 from tailcache.pipeline.config import CompareConfig
+from tailcache.storage.bootstrap import Figure, Resampled
 from tailcache.storage.corpus import Corpus
 from tailcache.storage.errors import DataError, IncompleteError, MismatchError, NotFoundError
 from tailcache.storage.inventory import teacher_inventory

@@ -7,8 +7,8 @@ import html
 import textwrap
 from collections.abc import Callable, Sequence
 
-from tailcache.pipeline.bootstrap import Figure
 from tailcache.pipeline.compare import Comparison, TeacherFigures
+from tailcache.storage.bootstrap import Figure
 
 __all__ = ["comparison_html", "comparison_text"]
 

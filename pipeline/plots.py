@@ -17,9 +17,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from tailcache.pipeline.bootstrap import Figure
 from tailcache.pipeline.compare import Comparison
 from tailcache.storage import durable
+from tailcache.storage.bootstrap import Figure
 from tailcache.storage.errors import ConfigError
 
 __all__ = ["COLOURS", "comparison_plots", "plot_comparison", "plot_curves"]

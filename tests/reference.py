@@ -414,3 +414,37 @@ def cosine_loss(s: Vector, t: Vector) -> tuple[float, list[float]]:
     cos = math.fsum(a * b for a, b in zip(s, t, strict=True)) / (s_length * t_length)
     gradient = [-(b / t_length - cos * a / s_length) / s_length for a, b in zip(s, t, strict=True)]
     return 1 - cos, gradient
+
+
+def equal_bin(probability: float, num_bins: int) -> int:
+    """The bin (m / M, (m + 1) / M] that a probability lies in, 0 for 0."""
+    for m in range(num_bins):
+        if probability <= (m + 1) / num_bins:
+            return m
+    return num_bins - 1
+
+
+def calibration_error(predictions: Sequence[tuple[float, bool]], num_bins: int, num_samples: int) -> float:
+    """Sum over bins of |B_m| / N |accuracy - confidence|, N the samples that the predictions are about."""
+    total = 0.0
+    for m in range(num_bins):
+        bin_ = [(p, hit) for p, hit in predictions if equal_bin(p, num_bins) == m]
+        if bin_:
+            accuracy = sum(hit for _, hit in bin_) / len(bin_)
+            confidence = math.fsum(p for p, _ in bin_) / len(bin_)
+            total += len(bin_) / num_samples * abs(accuracy - confidence)
+    return total
+
+
+def ece(rows: Sequence[Vector], targets: Sequence[int], num_bins: int) -> float:
+    predictions = [(max(row), top_ids(row, 1) == [y]) for row, y in zip(rows, targets, strict=True)]
+    return calibration_error(predictions, num_bins, len(rows))
+
+
+def full_ece(rows: Sequence[Vector], targets: Sequence[int], num_bins: int) -> float:
+    predictions = [(p, i == y) for row, y in zip(rows, targets, strict=True) for i, p in enumerate(row)]
+    return calibration_error(predictions, num_bins, len(rows))
+
+
+def common_share(p: Vector, q: Vector, k: int) -> float:
+    return len(set(top_ids(p, k)) & set(top_ids(q, k))) / k

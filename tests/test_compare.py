@@ -28,12 +28,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tailcache.pipeline import compare_sums
-from tailcache.pipeline.bootstrap import Resampled
 from tailcache.pipeline.compare import Comparison, compare
 from tailcache.pipeline.compare_report import comparison_html, comparison_text
 from tailcache.pipeline.config import CompareConfig
 from tailcache.pipeline.pair_divergence import PairTerms, Prior, View, find_in_head, pair_terms
 from tailcache.scripts.cli import main
+from tailcache.storage.bootstrap import Resampled
 from tailcache.storage.errors import ConfigError, DataError, IncompleteError, MismatchError, NotFoundError
 from tailcache.storage.reader import open_cache
 
@@ -477,7 +477,7 @@ def test_the_seed_decides_and_blocks_of_resamples_do_not(monkeypatch: pytest.Mon
     first = _resampled(values)["x"]
     np.testing.assert_array_equal(first, _resampled(values)["x"])
     assert not np.array_equal(first, _resampled(values, seed=1)["x"])
-    monkeypatch.setattr("tailcache.pipeline.bootstrap._BLOCK_ENTRIES", 61)
+    monkeypatch.setattr("tailcache.storage.bootstrap._BLOCK_ENTRIES", 61)
     np.testing.assert_allclose(first, _resampled(values)["x"], rtol=1e-12)
 
 

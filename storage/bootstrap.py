@@ -1,4 +1,4 @@
-"""Confidence intervals by resampling rows: positions of one row are not independent, rows nearly are.
+"""Confidence intervals by resampling rows (or documents): their positions are not independent, they nearly are.
 
 Every figure is a function of sums over positions. So it is enough to keep each row's sums, to draw rows with
 replacement, and to compute the figure from the resampled sums. All figures share the same draws: a difference of
@@ -71,9 +71,11 @@ class Resampled:
         """A figure and its percentile interval.
 
         Args:
-          values: [1 + B] the figure computed from the sums that ``[]`` gives.
+          values: [1 + B] the figure computed from the sums that ``[]`` gives; NaN for a resample that has nothing to
+            compute it from, which is left out.
         """
-        if len(values) == 1:
+        drawn = values[1:][~np.isnan(values[1:])]
+        if not len(drawn):
             return Figure(value=float(values[0]))
-        low, high = np.quantile(values[1:], [self._tail, 1 - self._tail])
+        low, high = np.quantile(drawn, [self._tail, 1 - self._tail])
         return Figure(value=float(values[0]), low=float(low), high=float(high))
