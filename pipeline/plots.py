@@ -22,7 +22,7 @@ from tailcache.storage import durable
 from tailcache.storage.bootstrap import Figure
 from tailcache.storage.errors import ConfigError
 
-__all__ = ["COLOURS", "comparison_plots", "plot_comparison", "plot_curves"]
+__all__ = ["COLOURS", "bars_png", "comparison_plots", "curves_png", "plot_comparison", "plot_curves"]
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Okabe and Ito's: told apart by colour-blind readers, and in grey."""
@@ -149,7 +149,7 @@ def comparison_plots(comparison: Comparison) -> dict[str, bytes]:
     if not comparison.divergences:
         return plots
     names = [f"{d.first} ‖ {d.second}" for d in comparison.divergences]
-    plots["divergence"] = _bars(
+    plots["divergence"] = bars_png(
         names,
         {
             "lower bound (certain)": [d.kl_lower_bound for d in comparison.divergences],
@@ -158,7 +158,7 @@ def comparison_plots(comparison: Comparison) -> dict[str, bytes]:
         title=f"KL between teachers ({where};\nlines: {percent} intervals over rows)",
         label="KL (nats per position)",
     )
-    plots["agreement"] = _bars(
+    plots["agreement"] = bars_png(
         [f"{p.first}, {p.second}" for p in comparison.pairs],
         {"same most likely token": [p.top1_agreement for p in comparison.pairs]},
         title=f"Top-1 agreement between teachers ({where};\nlines: {percent} intervals over rows)",
@@ -177,7 +177,7 @@ def comparison_plots(comparison: Comparison) -> dict[str, bytes]:
     return plots
 
 
-def _bars(
+def bars_png(
     names: Sequence[str],
     groups: Mapping[str, Sequence[Figure]],
     *,
@@ -185,7 +185,15 @@ def _bars(
     label: str,
     limits: tuple[float, float] | None = None,
 ) -> bytes:
-    """Horizontal bars, grouped by name, with intervals and the figures written out."""
+    """Horizontal bars, grouped by name, with intervals and the figures written out, as the bytes of a PNG.
+
+    Args:
+      names: one group of bars each, from above.
+      groups: the bars of each group by what they are; as many figures as names.
+      title: of the plot.
+      label: what the figures are, with their unit.
+      limits: of the axis; by default what the figures need.
+    """
 
     def draw(axes: Axes) -> None:
         height = 0.8 / len(groups)

@@ -21,6 +21,7 @@ from typing import Any
 
 from tailcache.scripts.flags import parse_flags
 from tailcache.scripts.settings import default_settings, load_section, suggestion
+from tailcache.scripts.train import with_sweep
 from tailcache.storage.errors import ConfigError, TailcacheError
 
 __all__ = ["VERBS", "Verb", "main"]
@@ -55,8 +56,8 @@ VERBS = {
         "tailcache.scripts.capture",
     ),
     "train": Verb(
-        "train a student from a cache",
-        "tailcache.trainers.config:TrainConfig",
+        "train a student from a cache, or many of them in a sweep",
+        "tailcache.scripts.train:TrainCommand",
         "tailcache.scripts.train",
     ),
     "compare": Verb(
@@ -165,11 +166,14 @@ def _parse(name: str, rest: Sequence[str]) -> Any:
     module, _, class_name = VERBS[name].config.partition(":")
     config_class = getattr(importlib.import_module(module), class_name)
     flags, file = _split_config(_flagged(rest, VERBS[name].positional))
+    values = load_section(file, name, VERBS) if file is not None else {}
+    if name == "train":
+        values = with_sweep(values, flags, f"--config {file}")
     default = None
-    if file is not None:
+    if values or file is not None:
         import tyro
 
-        default = default_settings(config_class, load_section(file, name, VERBS), f"--config {file}", tyro.MISSING)
+        default = default_settings(config_class, values, f"--config {file}", tyro.MISSING)
     description = (
         f"{inspect.cleandoc(config_class.__doc__ or '')}\n\n"
         "--config FILE reads these settings from a YAML file; flags are stronger than the file."

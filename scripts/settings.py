@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar, Union
 
 from tailcache.storage.errors import ConfigError
 
-__all__ = ["default_settings", "load_section", "suggestion"]
+__all__ = ["complete_settings", "default_settings", "load_mapping", "load_section", "suggestion"]
 
 Config = TypeVar("Config")
 
@@ -32,6 +32,41 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     """What to append to a message about a wrong name: "; did you mean x?", or nothing if no name is close."""
     near = difflib.get_close_matches(name, list(known), 1, 0.5)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def load_mapping(path: Path, flag: str = "--config") -> dict[str, Any]:
+    """What a YAML file says, by name.
+
+    Args:
+      path: the file.
+      flag: that named it, for messages.
+
+    Raises:
+      ConfigError: the file cannot be read, is not a mapping, or says something twice.
+    """
+    import yaml
+
+    class Strict(yaml.SafeLoader):
+        """Plain YAML, except that a key may not be given twice: the first would be lost without a word."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise ConfigError(f"{flag} {path}, line {node.start_mark.line + 1}: {key} is given twice")
+            return super().construct_mapping(node, deep)
+
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Strict)  # Strict is a SafeLoader
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{flag} {path}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{flag} {path}: not YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError(f"{flag} {path}: expected settings by name (key: value), found {type(content).__name__}")
+    return content
 
 
 def load_section(path: Path, verb: str, verbs: Iterable[str]) -> dict[str, Any]:
@@ -45,28 +80,7 @@ def load_section(path: Path, verb: str, verbs: Iterable[str]) -> dict[str, Any]:
     Raises:
       ConfigError: the file cannot be read, is not a mapping, or has a key that is neither.
     """
-    import yaml
-
-    class Strict(yaml.SafeLoader):
-        """Plain YAML, except that a key may not be given twice: the first would be lost without a word."""
-
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            for key in keys:
-                if keys.count(key) > 1:
-                    raise ConfigError(f"--config {path}, line {node.start_mark.line + 1}: {key} is given twice")
-            return super().construct_mapping(node, deep)
-
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Strict)  # Strict is a SafeLoader
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path}: not YAML: {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ConfigError(f"--config {path}: expected settings by name (key: value), found {type(content).__name__}")
+    content = load_mapping(path)
     known = list(verbs)
     if not any(key in known and (value is None or isinstance(value, dict)) for key, value in content.items()):
         for key, value in content.items():
@@ -126,19 +140,30 @@ def default_settings(config_class: type[Config], values: Mapping[str, Any], wher
     return instance
 
 
-def _listed(config_class: type[Config], values: Any, where: str) -> Config:
-    """An entry of a list: no flag can change or complete it, so its own checks run here.
+def complete_settings(config_class: type[Config], values: Any, where: str) -> Config:
+    """Settings that no flag will change or complete: the class's own checks run here.
+
+    Args:
+      config_class: a frozen dataclass.
+      values: field names (with - or _) and plain YAML values.
+      where: the file and section, for messages.
 
     Raises:
       ConfigError: as ``default_settings``; also a required setting is missing, or a check fails.
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: expected settings by name, found {values!r}")
-    entry = default_settings(config_class, values, where, dataclasses.MISSING)
     try:
-        return dataclasses.replace(entry)  # type: ignore[type-var]
+        return _checked(default_settings(config_class, values, where, dataclasses.MISSING))
     except ConfigError as error:
-        raise ConfigError(f"{where}, {error}") from error
+        raise error if str(error).startswith(where) else ConfigError(f"{where}, {error}") from error
+
+
+def _checked(settings: Config) -> Config:
+    """The same settings, made the way that checks them, inner ones first."""
+    inner = {each.name: getattr(settings, each.name) for each in dataclasses.fields(settings)}  # type: ignore[arg-type]
+    inner = {name: _checked(value) for name, value in inner.items() if dataclasses.is_dataclass(value)}
+    return dataclasses.replace(settings, **inner)  # type: ignore[type-var]
 
 
 def _fit(value: Any, hint: Any, where: str, missing: Any) -> Any:
@@ -181,7 +206,7 @@ def _fit_sequence(value: Any, origin: Any, arguments: tuple[Any, ...], where: st
     else:
         kinds = [arguments[0]] * len(value)
     fitted = [
-        _listed(kind, part, f"{where}[{index}]")
+        complete_settings(kind, part, f"{where}[{index}]")
         if isinstance(kind, type) and dataclasses.is_dataclass(kind)
         else _fit(part, kind, f"{where}[{index}]", missing)
         for index, (part, kind) in enumerate(zip(value, kinds, strict=True))

@@ -7,6 +7,7 @@ from the same files. Light to import: no torch.
       sweep.lock            while a sweep works here
       NAME/                 a run: everything `tailcache train` leaves there (see ``records``), and
         settings.json         what it was asked to be, written before it begins
+        evaluation.json       what `tailcache evaluate` says of the finished student
         error.txt             why it failed, while it has: one line, then the traceback
         log.txt               what it printed, where runs go in parallel
 """
@@ -21,9 +22,9 @@ from typing import Any, Literal
 from tailcache.storage.errors import CorruptError
 from tailcache.trainers.records import RECORD, JsonLines, last_checkpoint, read_record
 
-__all__ = ["ERROR", "LOG", "SETTINGS", "RunResult", "read_result", "read_settings"]
+__all__ = ["ERROR", "EVALUATION", "LOG", "SETTINGS", "RunResult", "read_result", "read_settings"]
 
-SETTINGS, ERROR, LOG = "settings.json", "error.txt", "log.txt"
+SETTINGS, ERROR, LOG, EVALUATION = "settings.json", "error.txt", "log.txt", "evaluation.json"
 
 Status = Literal["finished", "failed", "interrupted", "not begun"]
 
@@ -39,6 +40,7 @@ class RunResult:
       error: of a failed run, one line.
       record: tailcache.json of a finished run; empty otherwise.
       curve: the held-out evaluations so far, with "step", "positions_seen" and the metrics (see ``metrics``).
+      evaluation: evaluation.json of a finished run; empty where there is none.
       seconds: of training so far, without evaluations; None where nothing has been timed.
       positions_per_s: target positions trained on per second, over the same time.
     """
@@ -49,6 +51,7 @@ class RunResult:
     error: str | None = None
     record: dict[str, Any] = field(default_factory=dict)
     curve: tuple[dict[str, Any], ...] = ()
+    evaluation: dict[str, Any] = field(default_factory=dict)
     seconds: float | None = None
     positions_per_s: float | None = None
 
@@ -100,6 +103,7 @@ def read_result(name: str, folder: Path) -> RunResult:
         error=error,
         record=record,
         curve=tuple(JsonLines(folder / "metrics.jsonl").read()),
+        evaluation=(_read_object(folder / EVALUATION) or {}) if record else {},
         seconds=seconds or None,
         positions_per_s=positions / seconds if seconds and positions else None,
     )
@@ -111,13 +115,16 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     Raises:
       CorruptError: the file is not what was written.
     """
-    path = folder / SETTINGS
+    return _read_object(folder / SETTINGS)
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise CorruptError(f"{path}: expected JSON, found something else ({error})") from error
-    if not isinstance(settings, dict):
-        raise CorruptError(f"{path}: expected a JSON object, found {type(settings).__name__}")
-    return settings
+    if not isinstance(found, dict):
+        raise CorruptError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
