@@ -63,6 +63,7 @@ class Block:
 
     rows: Rows
     stored: Stored
+    """Empty where targets were not asked for."""
     target_offsets: NDArray[np.int64]
     """[R + 1] into the stored fields."""
     chosen: NDArray[np.int64]
@@ -72,13 +73,16 @@ class Block:
         return len(self.chosen)
 
 
-def read_block(teacher: Teacher, rows: NDArray[np.int64], *, optional: Collection[str] = ()) -> Block:
+def read_block(
+    teacher: Teacher, rows: NDArray[np.int64], *, optional: Collection[str] = (), targets: bool = True
+) -> Block:
     """Read some rows, neighbours together.
 
     Args:
       teacher: an open teacher.
       rows: [R] ascending. What lies between two of them is read along, unless it is much.
       optional: which optional fields to read.
+      targets: read the targets too, and not the corpus alone.
 
     Raises:
       MismatchError: there are not as many targets as supervised positions.
@@ -87,9 +91,10 @@ def read_block(teacher: Teacher, rows: NDArray[np.int64], *, optional: Collectio
     parts = []
     for run in np.split(rows, np.flatnonzero(np.diff(rows) > _MAX_GAP_ROWS) + 1):
         first, last = int(run[0]), int(run[-1]) + 1
-        read, stored = teacher.corpus.rows(first, last), teacher.stored(first, last, optional=optional)
+        read = teacher.corpus.rows(first, last)
+        stored = teacher.stored(first, last, optional=optional) if targets else {}
         offsets = np.concatenate([[0], np.cumsum(read.supervised)])[read.offsets].astype(np.int64)
-        found = len(stored["tail_entropy"])
+        found = len(stored["tail_entropy"]) if targets else offsets[-1]
         if found != offsets[-1]:
             raise MismatchError(
                 f"teacher {teacher.name!r}, rows {first} to {last - 1}: expected {offsets[-1]} targets, one per "
@@ -120,7 +125,8 @@ def gather(
     blocks = [held[int(visits[run[0]])] for run in runs]
     pairs = [(block, block.chosen[places[run]]) for block, run in zip(blocks, runs, strict=True)]
     rows, stored, target_offsets = _join(pairs)
-    return TargetRows(rows=rows, targets=decode(stored, rows.row_indices), target_offsets=target_offsets)
+    targets = decode(stored, rows.row_indices) if stored else Targets.unread(int(target_offsets[-1]))
+    return TargetRows(rows=rows, targets=targets, target_offsets=target_offsets)
 
 
 class _Span:

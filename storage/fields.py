@@ -70,6 +70,20 @@ class Targets:
         """m, the draws per position."""
         return int(self.tail_samples.shape[1])
 
+    @staticmethod
+    def unread(num: int) -> Targets:
+        """What stands for the targets of so many positions where they were not read: no ids, and NaN."""
+        unknown = np.full(num, np.nan, np.float32)
+        return Targets(
+            token_ids=np.empty((num, 0), np.int32),
+            logprobs=np.empty((num, 0), np.float32),
+            log_tail=np.zeros(num, np.float32),
+            tail_entropy=unknown,
+            log_target=unknown,
+            log_not_target=unknown,
+            tail_samples=np.empty((num, 0), np.int32),
+        )
+
     def __getitem__(self, index: slice | NDArray[np.integer] | NDArray[np.bool_]) -> Targets:
         return Targets(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 

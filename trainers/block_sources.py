@@ -90,11 +90,13 @@ class Share:
 class NeededBlocks(IterableDataset[Parcel]):
     """The blocks that a process needs, in the order it asks for them: every n-th of them in each of n workers."""
 
-    def __init__(self, teacher: Teacher, rows: NDArray[np.int64], optional: tuple[str, ...], share: Share) -> None:
+    def __init__(
+        self, teacher: Teacher, rows: NDArray[np.int64], optional: tuple[str, ...], targets: bool, share: Share
+    ) -> None:
         self._teacher: Teacher | None = teacher
         self._location, self._name, self._hash = str(teacher.corpus.cache_place), teacher.name, teacher.hash
         self._num_shards = teacher.num_shards if teacher.is_prefix else None
-        self._rows, self._optional, self._share = rows, optional, share
+        self._rows, self._optional, self._targets, self._share = rows, optional, targets, share
         self._begin = shared(torch.zeros(2, dtype=torch.int64))  # workers that persist are told through it
         self._order = share.order(0)
 
@@ -113,7 +115,8 @@ class NeededBlocks(IterableDataset[Parcel]):
     def read(self, visit: int) -> Block:
         """Read a block of the present epoch, in this process."""
         assert self._teacher is not None
-        return read_block(self._teacher, self._rows[self._order.block(visit)], optional=self._optional)
+        rows = self._rows[self._order.block(visit)]
+        return read_block(self._teacher, rows, optional=self._optional, targets=self._targets)
 
     def __iter__(self) -> Iterator[Parcel]:
         worker = get_worker_info()

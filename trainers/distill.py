@@ -54,6 +54,7 @@ from tailcache.trainers.student_head import find_linear_head
 if TYPE_CHECKING:
     from tailcache.storage.reader import Teacher
     from tailcache.trainers.config import TrainConfig
+    from tailcache.trainers.live import LiveTeacher
     from tailcache.trainers.terms import TeacherTerms
 
 __all__ = ["DistillTrainer", "training_arguments"]
@@ -88,6 +89,7 @@ class DistillTrainer(Trainer):
         record: dict[str, Any] | None = None,
         workers: int = 0,
         data_state: dict[str, Any] | None = None,
+        live: LiveTeacher | None = None,
         **kwargs: Any,
     ) -> None:
         """Set up training; nothing is trained yet.
@@ -105,6 +107,8 @@ class DistillTrainer(Trainer):
           workers: processes that read the cache; without any, threads of this one do.
           data_state: where in the data to go on, for a run that is resumed: ``CacheLoader.state_dict``, or only the
             ``step``, for a run that was begun before checkpoints said it.
+          live: a teacher that runs beside the student and gives the targets to train on, in place of the cache; the
+            cache's are for evaluation alone.
           **kwargs: further arguments of ``Trainer``.
 
         Raises:
@@ -118,6 +122,7 @@ class DistillTrainer(Trainer):
                 "CUDA_VISIBLE_DEVICES=0"
             )
         self.teacher = teacher
+        self.live = live
         self.objective = objective
         self.layout: Layout = layout or default_layout(model)
         self.record = record or {}
@@ -187,6 +192,7 @@ class DistillTrainer(Trainer):
             world_size=self.args.world_size,
             rows=self.train_rows,
             optional=self.objective.optional,
+            targets=self.live is None and bool(self.objective.losses),
             collate=partial(collate_block, layout=self.layout),
             ends="drop" if self.args.dataloader_drop_last else "even",
             num_workers=self._workers,
@@ -259,6 +265,8 @@ class DistillTrainer(Trainer):
           A scalar, nats: the weighted sum over the micro-batch divided by that number, times the number of
           devices (whose gradients are averaged afterwards).
         """
+        if self.live is not None:
+            inputs = {**inputs, "teacher": self.live.targets(inputs, whole=self.objective.needs_whole)}
         teacher = self._teacher_terms(inputs)
         self.objective = self.objective.at(self.progress)
         prepared = self.objective.prepare(teacher, inputs, self._aids, seed=(self.args.seed, self.state.global_step))

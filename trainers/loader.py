@@ -92,6 +92,7 @@ class CacheLoader(DataLoader[Any]):
         rows: NDArray[np.int64] | None = None,
         split: Literal["train", "held-out"] = "train",
         optional: Collection[str] = (),
+        targets: bool = True,
         collate: Callable[[TargetRows], Any] = as_tensors,
         ends: Ends = "even",
         window_blocks: int = WINDOW_BLOCKS,
@@ -114,6 +115,8 @@ class CacheLoader(DataLoader[Any]):
           rows: corpus rows to visit; by default all of the split.
           split: what the rows must belong to, so that held-out rows never appear in training.
           optional: the optional fields of the cache that are wanted (``log_z_tail``, ``hidden``).
+          targets: read the targets; otherwise the corpus alone is read, and the fields are those of
+            ``Targets.unread``. The order of rows is the same.
           collate: makes a batch of rows; called by several threads of this process.
           ends: what becomes of the rows that do not fill a last step of all processes. "even": they are shared out, and
             a process for which there is none left gets a row without any target, so that all make equally many steps
@@ -165,7 +168,7 @@ class CacheLoader(DataLoader[Any]):
         self._rows_hash = hashlib.sha256(chosen.astype("<i8").tobytes()).hexdigest()
         self._start = self._taken = 0  # rows of the order, by all processes together
         self._pin = pin_memory and torch.cuda.is_available()
-        self._blocks = NeededBlocks(teacher, chosen, tuple(optional), self._share)
+        self._blocks = NeededBlocks(teacher, chosen, tuple(optional), targets, self._share)
         super().__init__(
             self._blocks,
             batch_size=None,

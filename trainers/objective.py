@@ -18,6 +18,7 @@ import torch
 
 from tailcache.storage.errors import ConfigError, StudentError
 from tailcache.trainers.linear_head import LinearHead
+from tailcache.trainers.live import LOGPROBS
 from tailcache.trainers.loss_config import LossConfig
 from tailcache.trainers.parts import Part, clm, is_linear, needs_rows, part_of
 from tailcache.trainers.prepared import Aids, Prepared
@@ -53,13 +54,17 @@ class Objective:
     progress: float = 0.0
 
     @classmethod
-    def of(cls, clm_weight: float, losses: Sequence[LossConfig], teacher: Teacher) -> Objective:
+    def of(
+        cls, clm_weight: float, losses: Sequence[LossConfig], teacher: Teacher, *, live: Stored | None = None
+    ) -> Objective:
         """The objective that the settings describe, for this teacher.
 
         Args:
           clm_weight: weight of the cross-entropy.
           losses: the divergences; a tail choice that is not given becomes the loss's default.
           teacher: an open teacher of a cache.
+          live: what a teacher that runs beside the student gives, in place of the cache (``LiveTeacher.stored``); the
+            default tail is then its own, `exact`.
 
         Raises:
           ConfigError: it cannot be had from this cache, or would be wrong; with the reason and what to do.
@@ -70,8 +75,8 @@ class Objective:
             raise ConfigError(
                 f"losses: expected {COSINE} once, since it has no parameter but its weight; found it twice"
             )
-        filled = tuple(replace(each, tail=_tail(each)) for each in ordered)
-        stored = stored_by(teacher, mean_tail=any(each.tail == "prior" for each in filled))
+        filled = tuple(replace(each, tail=_tail(each, live)) for each in ordered)
+        stored = live or stored_by(teacher, mean_tail=any(each.tail == "prior" for each in filled))
         for each in filled:
             tail = "sampled" if each.name == "rs_kd" else each.tail
             check_sound(each.name, tail, each.temperature, stored, skew=each.skew, wraps=each.wraps)
@@ -81,9 +86,9 @@ class Objective:
         return cls(clm_weight=clm_weight, losses=filled, stored=stored)
 
     @classmethod
-    def from_config(cls, config: TrainConfig, teacher: Teacher) -> Objective:
+    def from_config(cls, config: TrainConfig, teacher: Teacher, *, live: Stored | None = None) -> Objective:
         """The objective of a run; see ``of``."""
-        return cls.of(config.clm_weight, config.divergences, teacher)
+        return cls.of(config.clm_weight, config.divergences, teacher, live=live)
 
     def at(self, progress: float) -> Objective:
         """The same objective with its schedules at another progress in [0, 1]."""
@@ -94,8 +99,13 @@ class Objective:
     @property
     def optional(self) -> tuple[str, ...]:
         """The optional fields of the cache that it reads."""
-        hidden = self.has_cosine or any(_effective(each, self.stored) == "exact" for each in self.losses)
+        hidden = self.has_cosine or (self.needs_whole and not self.stored.is_live)
         return ("log_z_tail",) * bool(self.temperatures and self.stored.temperatures) + ("hidden",) * hidden
+
+    @property
+    def needs_whole(self) -> bool:
+        """Whether it needs the teacher's own distributions as a whole."""
+        return any(_effective(each, self.stored) == "exact" for each in self.losses)
 
     @property
     def temperatures(self) -> tuple[float, ...]:
@@ -148,7 +158,8 @@ class Objective:
             fills["prior"] = torch.from_numpy(np.asarray(teacher.mean_tail, dtype=np.float32)).to(device)
         if "uniform" in tails:
             fills["uniform"] = torch.ones(teacher.vocab_size, device=device)
-        return Aids(fills=fills, head=stored_head(teacher.head(), device) if "exact" in tails else None)
+        stored = self.needs_whole and not self.stored.is_live
+        return Aids(fills=fills, head=stored_head(teacher.head(), device) if stored else None)
 
     # ---- what it is called ----
 
@@ -212,6 +223,7 @@ class Objective:
             mean_fills=self.mean_fills,
             temperatures=self.temperatures,
             hidden_TD=hidden,
+            own_TV=batch["teacher"].get(LOGPROBS),
             num_dense=self.num_dense,
             has_cosine=self.has_cosine,
         )
@@ -229,11 +241,12 @@ def stored_by(teacher: Teacher, *, mean_tail: bool) -> Stored:
     )
 
 
-def _tail(loss: LossConfig) -> Any:
+def _tail(loss: LossConfig, live: Stored | None) -> Any:
     if loss.name == "rs_kd":  # it has no choice, and so no such parameter
         return None
     wrapped = loss.wraps if loss.name == "atkd" and loss.wraps != "dkd" else loss.name
-    return loss.tail or default_tail(wrapped, loss.temperature)
+    default = default_tail(wrapped, loss.temperature)
+    return loss.tail or (default if default is None or live is None else "exact")
 
 
 def _effective(loss: LossConfig, stored: Stored) -> str | None:

@@ -48,6 +48,7 @@ class Prepared:
       mean_fills: the fills under which means of the student's log q are needed.
       temperatures: the further ones at which the student's terms are needed.
       hidden_TD: the teacher's hidden states, where they are needed.
+      own_TV: the teacher's log-probs, float32, where it runs beside the student and they are needed.
       num_dense: how many of the parts need whole rows of logits.
       has_cosine: whether the hidden states are compared, as one more part, the last.
     """
@@ -58,6 +59,7 @@ class Prepared:
     mean_fills: tuple[str, ...] = ()
     temperatures: tuple[float, ...] = ()
     hidden_TD: Tensor | None = None
+    own_TV: Tensor | None = None
     num_dense: int = 0
     has_cosine: bool = False
 
@@ -69,7 +71,7 @@ class Prepared:
         """[c, P] from the student's whole rows of logits at some positions."""
         teacher = self.teacher.rows(rows)
         logits_cV = logits_cW[:, : teacher.vocab_size]
-        own_cV = None
+        own_cV = None if self.own_TV is None else self.own_TV[rows]
         if self.aids.head is not None and self.hidden_TD is not None:
             own_cV = torch.log_softmax(teacher_logits(self.hidden_TD[rows], self.aids.head), dim=-1)
         fills = {

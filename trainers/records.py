@@ -124,6 +124,9 @@ def check_resumable(checkpoint: Path, expected: dict[str, Any]) -> dict[str, Any
         for name in ("corpus_hash", "teacher", "teacher_hash")
         if found.get(name) != expected[name]
     ]
+    beside, wanted = found.get("online"), expected.get("online")
+    if beside != wanted:
+        differences.append(f"the teacher beside the student: the checkpoint has {beside}, this run {wanted}")
     was, now = found.get("config", {}), expected["config"]
     free = FREE_SETTINGS | {"teacher"}
     if "rows_per_step" in found:  # how a step is shared among processes and forwards makes no difference

@@ -7,6 +7,7 @@ is continued from its last whole checkpoint; one that has finished is left alone
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ from tailcache.trainers.student import Student, build_student
 
 if TYPE_CHECKING:
     from tailcache.trainers.config import TrainConfig
+    from tailcache.trainers.live import LiveTeacher
 
 __all__ = ["choose_teacher", "train"]
 
@@ -104,11 +106,15 @@ def _record_so_far(out: Path) -> dict[str, Any]:
     return {} if folder is None else read_record(folder)
 
 
-def train(config: TrainConfig) -> DistillTrainer | None:
+def train(
+    config: TrainConfig, *, live: Callable[[Teacher, torch.device], LiveTeacher] | None = None
+) -> DistillTrainer | None:
     """Train, evaluate and save the student that the settings describe.
 
     Args:
       config: the settings.
+      live: makes a teacher that runs beside the student and gives the targets to train on, for an opened one of the
+        cache and the training device; the cache's own targets are then for evaluation alone.
 
     Returns:
       The trainer, after training; None if the run in OUT had finished already.
@@ -122,7 +128,8 @@ def train(config: TrainConfig) -> DistillTrainer | None:
         torch.set_num_threads(config.threads)
     args = training_arguments(config)  # first: from then on processes know of each other
     teacher = _open_teacher(config)
-    objective = Objective.from_config(config, teacher)
+    beside = None if live is None else live(teacher, args.device)
+    objective = Objective.from_config(config, teacher, live=None if beside is None else beside.stored)
     record = {
         "format": "tailcache student",
         "format_version": 1,
@@ -132,6 +139,7 @@ def train(config: TrainConfig) -> DistillTrainer | None:
         "teacher_hash": teacher.hash,
         "rows_per_step": config.batch_rows * config.gradient_accumulation * args.world_size,
         **({"teacher_shards": teacher.num_shards} if teacher.is_prefix else {}),
+        **({} if beside is None else {"online": beside.described}),
         "versions": {name: importlib.metadata.version(name) for name in ("tailcache", "torch", "transformers")},
     }
     checkpoint = None
@@ -161,6 +169,7 @@ def train(config: TrainConfig) -> DistillTrainer | None:
         record=record,
         workers=config.workers,
         data_state=None if restored is None else restored.get("data") or {"step": int(restored["step"])},
+        live=beside,
     )
     trainer.reporter.continue_from(0 if restored is None else int(restored["step"]), fresh=restored is None)
     if restored is not None:

@@ -44,7 +44,7 @@ class Stored:
       vocab_size: V.
       num_samples: m, tail draws per position.
       temperatures: those at which log Z of the tail is stored.
-      hidden_kind: "none", "bf16" or "int8".
+      hidden_kind: "none", "bf16" or "int8"; "live" where the teacher runs beside the student (``live``).
       mean_tail_support: how many ids the teacher's mean tail gives mass; 0 if there is none.
     """
 
@@ -54,6 +54,11 @@ class Stored:
     temperatures: tuple[float, ...] = ()
     hidden_kind: str = "none"
     mean_tail_support: int = 0
+
+    @property
+    def is_live(self) -> bool:
+        """Whether there is a teacher to ask, and not a cache."""
+        return self.hidden_kind == "live"
 
     @property
     def has_tail(self) -> bool:
@@ -100,6 +105,11 @@ def check_sound(
     tails = _tails_of(loss)
     if loss == "hidden_cosine":
         _check_hidden("loss 'hidden_cosine'", stored)
+        if stored.is_live:
+            raise ConfigError(
+                "loss 'hidden_cosine': expected the teacher's hidden states in the cache, found a teacher that runs "
+                "beside the student and gives distributions only; capture it with --hidden bf16 and train from that"
+            )
     if loss == "atkd" and wraps not in (None, "dkd"):
         _check_wrapped(wraps or "")
         loss, tails = wraps or "", _tails_of(wraps or "")
