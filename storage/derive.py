@@ -36,7 +36,7 @@ from tailcache.storage.shrink import shrink, shrink_key, tail_sum
 from tailcache.storage.targets import TargetsWriter, plan_layout
 from tailcache.storage.uniforms import uniforms
 
-__all__ = ["Change", "derive_corpus", "derive_teacher"]
+__all__ = ["Change", "check_change", "derive_corpus", "derive_teacher"]
 
 REDRAWN = "systematic, over known tokens and stored draws"
 SUBSET = "systematic subset of stored draws"
@@ -153,7 +153,7 @@ def derive_teacher(
       CorruptError: a source is damaged; names the shard and the field.
     """
     check_name(name)
-    _expect_alike(teachers)
+    check_change(teachers, change)
     job = _Job.plan(teachers, selection, corpus, change)
     place = corpus.cache_place / "teachers" / name
     _expect_same_lineage(place, job.lineage)
@@ -167,6 +167,28 @@ def derive_teacher(
             writer.write_shard(shard, targets, total)
             progress(len(targets))
         writer.finish()
+
+
+def check_change(teachers: Sequence[Teacher], change: Change) -> None:
+    """Refuse a change that cannot be made, before anything is written.
+
+    Args:
+      teachers: one for each corpus that rows are taken from.
+      change: what is to be different.
+
+    Raises:
+      MismatchError: the teachers were captured with different settings (names them).
+      ConfigError: more tokens or draws than there are, or a field to leave out that is not there.
+    """
+    _expect_alike(teachers)
+    first = teachers[0]
+    _check_sizes(first, *_sizes(first, change))
+    for name in change.drop:
+        if name not in first.optional:
+            raise ConfigError(
+                f"--drop {name}: expected a field that teacher {first.name!r} has, found "
+                f"{', '.join(first.optional) or 'that it has no optional ones'}"
+            )
 
 
 def _expect_alike(teachers: Sequence[Teacher]) -> None:
@@ -231,18 +253,9 @@ class _Job:
 
     @staticmethod
     def plan(teachers: Sequence[Teacher], selection: Selection, corpus: Corpus, change: Change) -> _Job:
-        """Check what is asked for against what is there."""
+        """What is to be written, of a change that has been checked."""
         first = teachers[0]
-        top_k = first.top_k if change.top_k is None else change.top_k
-        default_samples = first.num_samples
-        num_samples = default_samples if change.num_samples is None else change.num_samples
-        _check_sizes(first, top_k, num_samples)
-        for name in change.drop:
-            if name not in first.optional:
-                raise ConfigError(
-                    f"--drop {name}: expected a field that teacher {first.name!r} has, found "
-                    f"{', '.join(first.optional) or 'that it has no optional ones'}"
-                )
+        top_k, num_samples = _sizes(first, change)
         optional = tuple(name for name in first.optional if name not in change.drop)
         source = first.layout
         per_row = source.rows_per_shard * corpus.num_targets / corpus.num_rows
@@ -331,6 +344,12 @@ class _Job:
             temperatures=self.layout.temperatures,
             full_tail=self.full_tail,
         )
+
+
+def _sizes(teacher: Teacher, change: Change) -> tuple[int, int]:
+    """K and m of what is made."""
+    top_k = teacher.top_k if change.top_k is None else change.top_k
+    return top_k, teacher.num_samples if change.num_samples is None else change.num_samples
 
 
 def _check_sizes(teacher: Teacher, top_k: int, num_samples: int) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from tailcache.storage.copy import copy_corpus, copy_teacher
 from tailcache.storage.corpus import Corpus
-from tailcache.storage.derive import Change, derive_corpus, derive_teacher
+from tailcache.storage.derive import Change, check_change, derive_corpus, derive_teacher
 from tailcache.storage.derive_rows import select
 from tailcache.storage.errors import ConfigError, IncompleteError, NotFoundError
 from tailcache.storage.place import Place
@@ -68,12 +68,15 @@ def derive_cache(
         )
     selection = select([cache.corpus for cache in caches], rows=rows, split=split)
     same = selection.unchanged
+    if not same or change is not None:
+        for each in names:
+            check_change([cache.teacher(each) for cache in caches], change or Change())
+    elif name not in (None, *names):
+        raise ConfigError("--name: a copy keeps its teacher's name; --re-encode gives it another")
     corpus = copy_corpus(caches[0].place, target, on_bytes) if same else derive_corpus(selection, target)
     found = Derived(corpus=corpus, left_out=left_out)
     for each in names:
         if same and change is None:
-            if name not in (None, each):
-                raise ConfigError("--name: a copy keeps its teacher's name; --re-encode gives it another")
             copy_teacher(caches[0].place, target, each, on_bytes)
             found.copied.append(each)
         else:

@@ -429,6 +429,7 @@ def test_what_cannot_be_is_refused(
     _cache(tmp_path)
     assert main(["derive", str(tmp_path / "cache"), str(tmp_path / "no"), *flags]) == 1
     assert words in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()  # not even the corpus, which may be large
 
 
 @pytest.mark.parametrize("wrong", [["--rows", "3"], ["--rows", "a:b"], ["--top-k", "0"], ["--seed", "-1"]])
