@@ -52,6 +52,10 @@ _runtime_process: int | None = None
 """The process in which obstore's threads were started, or that of which this one is a fork."""
 
 
+_NO_CREDENTIALS_SECONDS = 10.0
+"""A machine in a cloud may have to wait for its credentials, a laptop that has none never gets any."""
+
+
 class _Unexpected(Exception):
     """An answer with fewer or other bytes than it promised."""
 
@@ -161,7 +165,8 @@ class Bucket:
         if "NoSuchBucket" in str(error):
             return Failure(kind="permanent", text=text, remedy=f"make the bucket {self.url()}, or correct its name")
         if re.search(r"latest/(api/token|meta-data)|metadata\.google|169\.254\.169\.254", text):
-            return Failure(kind="transient", text=f"no credentials found ({text})", remedy=credentials)
+            found = f"no credentials found ({text})"
+            return Failure(kind="transient", text=found, remedy=credentials, seconds=_NO_CREDENTIALS_SECONDS)
         status = re.search(r"status code: (\d{3})", text)
         if status is None or status[1] in _PASSING_STATUS or (status[1].startswith("5") and status[1] != "501"):
             return Failure(kind="transient", text=text, remedy=again)

@@ -48,6 +48,8 @@ class Failure:
     """What came back, in one line."""
     remedy: str
     """What to do about it."""
+    seconds: float = math.inf
+    """For how long trying again is worth while."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,7 @@ class Patience:
                 failed += 1
                 wait = pause * random.uniform(0.5, 1.5)
                 spent = time.monotonic() - start
-                if failure.kind == "permanent" or spent + wait > self.seconds:
+                if failure.kind == "permanent" or spent + wait > min(self.seconds, failure.seconds):
                     tried = "once" if failed == 1 else f"{failed} times in {spent:.1f} s"
                     raise StorageError(
                         f"{url}: {doing} failed, tried {tried}; the answer was: {failure.text}; {failure.remedy}"
