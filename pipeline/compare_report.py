@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from tailcache.pipeline.compare import Comparison, TeacherFigures
-from tailcache.storage.bootstrap import Figure
+from tailcache.pipeline.tables import aligned, number, page, percent
 
 __all__ = ["comparison_html", "comparison_text"]
 
 _SHOWN_TAILS = (1, 5, 10, 20, 50)
-_MAX_COLUMNS = 4
 _NOTES = (
     "perplexity, cross-entropy: on the true next tokens. entropy: of the whole distribution, exact. alpha_K: mass "
     "beyond the K most likely tokens. mismatch: the most likely token is not the true next one.",
@@ -41,9 +38,9 @@ def comparison_text(comparison: Comparison) -> str:
     ]
     if comparison.prefix_rows is not None:
         lines[1:1] = [f"only the first {comparison.prefix_rows:,} rows: a capture has not finished"]
-    lines += _aligned(_teacher_table(comparison))
+    lines += aligned(_teacher_table(comparison))
     if comparison.pairs:
-        lines += [*_aligned(_pair_table(comparison)), *_aligned(_kl_table(comparison))]
+        lines += [*aligned(_pair_table(comparison)), *aligned(_kl_table(comparison))]
     if comparison.left_out:
         lines += [f"left out, since their capture has not finished: {', '.join(comparison.left_out)}", ""]
     notes = _NOTES if comparison.pairs else _NOTES[:1]
@@ -57,17 +54,8 @@ def comparison_html(comparison: Comparison, plots: dict[str, bytes]) -> str:
       comparison: what was found.
       plots: PNG files by name, shown in this order.
     """
-    images = "\n".join(
-        f'<img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-        for name, png in plots.items()
-    )
-    title = html.escape("tailcache compare: " + ", ".join(t.label for t in comparison.teachers))
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
-        "<style>body{font:15px system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em}"
-        "pre{overflow-x:auto;font-size:13px}img{max-width:100%;display:block;margin:1em 0}</style></head>\n"
-        f"<body><h1>{title}</h1>\n<pre>{html.escape(comparison_text(comparison))}</pre>\n{images}\n</body></html>\n"
-    )
+    title = "tailcache compare: " + ", ".join(t.label for t in comparison.teachers)
+    return page(title, comparison_text(comparison), plots)
 
 
 def _teacher_table(comparison: Comparison) -> list[list[str]]:
@@ -79,7 +67,7 @@ def _teacher_table(comparison: Comparison) -> list[list[str]]:
     tails = sorted({k for t in teachers for k in (*_SHOWN_TAILS, t.top_k) if k in t.tail_mass})
 
     def tail(k: int) -> Callable[[TeacherFigures], str]:
-        return lambda t: _number(t.tail_mass[k], 4) if k in t.tail_mass else "-"
+        return lambda t: number(t.tail_mass[k], 4) if k in t.tail_mass else "-"
 
     fields = list(dict.fromkeys(name for t in teachers for name in t.bytes_per_position))
 
@@ -89,13 +77,13 @@ def _teacher_table(comparison: Comparison) -> list[list[str]]:
     return [
         row("teacher", lambda t: t.label),
         row("stored", lambda t: f"K = {t.top_k}, {t.num_samples} tail samples"),
-        row("perplexity", lambda t: _number(t.perplexity, 3)),
-        row("cross-entropy (nats)", lambda t: _number(t.cross_entropy, 4)),
-        row("entropy (nats)", lambda t: _number(t.entropy, 4)),
-        row("top-1 = text (%)", lambda t: _percent(t.top1_accuracy)),
-        row("mismatch with text (%)", lambda t: _percent(t.mismatch_rate)),
-        row("top-1 probability", lambda t: _number(t.top1_probability, 4)),
-        row("text in stored top-K (%)", lambda t: _percent(t.target_in_head)),
+        row("perplexity", lambda t: number(t.perplexity, 3)),
+        row("cross-entropy (nats)", lambda t: number(t.cross_entropy, 4)),
+        row("entropy (nats)", lambda t: number(t.entropy, 4)),
+        row("top-1 = text (%)", lambda t: percent(t.top1_accuracy)),
+        row("mismatch with text (%)", lambda t: percent(t.mismatch_rate)),
+        row("top-1 probability", lambda t: number(t.top1_probability, 4)),
+        row("text in stored top-K (%)", lambda t: percent(t.target_in_head)),
         *(row(f"alpha_{k}", tail(k)) for k in tails),
         row("bytes per position", lambda t: f"{sum(t.bytes_per_position.values()):.1f}"),
         *(row(f"  {name}", field(name)) for name in fields),
@@ -106,11 +94,11 @@ def _pair_table(comparison: Comparison) -> list[list[str]]:
     pairs = comparison.pairs
     return [
         ["second minus first", *(f"{p.first} → {p.second}" for p in pairs)],
-        ["top-1 agreement (%)", *(_percent(p.top1_agreement) for p in pairs)],
-        ["perplexity", *(_number(p.perplexity_difference, 3, sign=True) for p in pairs)],
-        ["cross-entropy (nats)", *(_number(p.cross_entropy_difference, 4, sign=True) for p in pairs)],
-        ["entropy (nats)", *(_number(p.entropy_difference, 4, sign=True) for p in pairs)],
-        ["top-1 = text (%)", *(_percent(p.top1_accuracy_difference, sign=True) for p in pairs)],
+        ["top-1 agreement (%)", *(percent(p.top1_agreement) for p in pairs)],
+        ["perplexity", *(number(p.perplexity_difference, 3, sign=True) for p in pairs)],
+        ["cross-entropy (nats)", *(number(p.cross_entropy_difference, 4, sign=True) for p in pairs)],
+        ["entropy (nats)", *(number(p.entropy_difference, 4, sign=True) for p in pairs)],
+        ["top-1 = text (%)", *(percent(p.top1_accuracy_difference, sign=True) for p in pairs)],
     ]
 
 
@@ -118,37 +106,7 @@ def _kl_table(comparison: Comparison) -> list[list[str]]:
     return [
         ["KL (nats per position)", "lower bound", "estimate"],
         *(
-            [f"{d.first} ‖ {d.second}", _number(d.kl_lower_bound, 4), _number(d.kl_estimate, 4)]
+            [f"{d.first} ‖ {d.second}", number(d.kl_lower_bound, 4), number(d.kl_estimate, 4)]
             for d in comparison.divergences
         ),
     ]
-
-
-def _number(figure: Figure, digits: int, *, sign: bool = False) -> str:
-    def text(x: float) -> str:
-        if x != 0 and (abs(x) >= 1e6 or abs(x) < 10.0**-digits):
-            return f"{x:{'+' if sign else ''}.3g}"
-        return f"{x:{'+' if sign else ''},.{digits}f}"
-
-    return _with_interval(figure, text)
-
-
-def _percent(figure: Figure, *, sign: bool = False) -> str:
-    return _with_interval(figure, lambda x: f"{100 * x:{'+' if sign else ''}.2f}")
-
-
-def _with_interval(figure: Figure, text: Callable[[float], str]) -> str:
-    if figure.low is None or figure.high is None:
-        return text(figure.value)
-    return f"{text(figure.value)} [{text(figure.low)}, {text(figure.high)}]"
-
-
-def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    """The table in columns, some at a time, each part headed by its first row and followed by an empty line."""
-    lines = []
-    for first in range(1, len(table[0]), _MAX_COLUMNS):
-        part = [[row[0], *row[first : first + _MAX_COLUMNS]] for row in table]
-        widths = [max(len(row[c]) for row in part) for c in range(len(part[0]))]
-        text = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in part]
-        lines += [text[0], "-" * len(text[0]), *text[1:], ""]
-    return lines

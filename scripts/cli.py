@@ -60,6 +60,12 @@ VERBS = {
         "tailcache.scripts.train:TrainCommand",
         "tailcache.scripts.train",
     ),
+    "evaluate": Verb(
+        "measure a student on held-out text and against a teacher",
+        "tailcache.trainers.evaluate_config:EvaluateConfig",
+        "tailcache.scripts.evaluate",
+        ("student",),
+    ),
     "compare": Verb(
         "compare teachers from their caches alone",
         "tailcache.pipeline.config:CompareConfig",
@@ -95,7 +101,8 @@ Run the teacher once; distil any number of students from its cached next-token d
 verbs:
 {verbs}
 
-tailcache VERB --help explains a verb and each of its settings. The cache may come first, without its flag.
+tailcache VERB --help explains a verb and each of its settings. The cache (the student
+for evaluate) may come first, without its flag.
 --config FILE reads settings from YAML (one verb's settings, or a section per verb); flags are stronger.
 --version prints the version.
 """

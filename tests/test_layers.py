@@ -72,7 +72,12 @@ def test_imports_of_a_module(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [ROOT / "scripts" / "cli.py", ROOT / "pipeline" / "config.py", ROOT / "trainers" / "config.py"],
+    [
+        ROOT / "scripts" / "cli.py",
+        ROOT / "pipeline" / "config.py",
+        ROOT / "trainers" / "config.py",
+        ROOT / "trainers" / "evaluate_config.py",
+    ],
     ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_commands_start_without_heavy_imports(path: Path) -> None:
