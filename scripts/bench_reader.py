@@ -2,7 +2,8 @@
 
 A cache of synthetic Zipf-like distributions (or one that is named) is read in turn, on a warm disk, by one process:
 
-* shuffled: whole epochs of ``CacheLoader``, batches of eight rows; and the same with worker processes;
+* shuffled: whole epochs of ``CacheLoader``, batches of eight rows; the same with worker processes; and the same
+  decoded by array operations alone, as it is where numba is not installed;
 * sequential: ``Teacher.rows`` in order, one thread;
 * single rows: random rows, each read and decoded by itself;
 * Parquet: the same targets in natural types through ``datasets``, streamed and shuffled in a buffer of 256 rows, in its
@@ -19,7 +20,8 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ import tyro
 from tailcache.scripts.counted_place import CountedPlace
 from tailcache.scripts.measure import Bar, report, spread
 from tailcache.scripts.reader_baselines import parquet_random, parquet_shuffled, s3_copy, write_parquet
+from tailcache.storage import compiled
 from tailcache.storage.arrays import open_array, read_slice
 from tailcache.storage.corpus_writer import CorpusWriter
 from tailcache.storage.place import open_place
@@ -141,6 +144,21 @@ def _rate(batches: Iterable[Any]) -> float:
     return seen / (time.perf_counter() - start)
 
 
+@contextmanager
+def _switched(name: str, value: str) -> Iterator[None]:
+    """With an environment variable set."""
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def _by_arrays(batches: Iterable[Any]) -> float:
+    with _switched(compiled.SWITCH, "never"):
+        return _rate(batches)
+
+
 def _sequential(teacher: Teacher) -> float:
     start, seen, step = time.perf_counter(), 0, teacher.block_rows
     for first in range(0, teacher.num_rows, step):
@@ -168,11 +186,8 @@ def _stored(teacher: Teacher, path: Path) -> dict[str, Callable[[], float]]:
         return (time.perf_counter() - start) / num * 1e6
 
     def direct(switch: str) -> float:
-        os.environ[SWITCH] = switch
-        try:
+        with _switched(SWITCH, switch):
             return timed(lambda: teacher.stored(0, last))
-        finally:
-            del os.environ[SWITCH]
 
     def by_zarr() -> None:
         for name in teacher.layout.fields():
@@ -234,6 +249,7 @@ def bench(config: BenchReader) -> None:
         ways: dict[str, Callable[[int], float]] = {
             "shuffled": lambda _: _rate(plain),
             "workers": lambda _: _rate(workers),
+            "shuffled_by_arrays": lambda _: _by_arrays(plain),
             "sequential": lambda _: _sequential(teacher),
             "single_rows": lambda seed: _single_rows(teacher, seed),
             "parquet_numpy": lambda s: parquet_shuffled(parquet, batch_rows=BATCH_ROWS, seed=s, kind="numpy"),
@@ -262,6 +278,7 @@ def bench(config: BenchReader) -> None:
         "num_samples": teacher.num_samples,
         "vocab_size": teacher.vocab_size,
         **{f"{name}_positions_per_s": spread(values) for name, values in rates.items()},
+        "compiled_loops": compiled.decode_loops(0) is not None,
         "shuffled / parquet": spread(over),
         "shuffled / single rows": spread([a / b for a, b in zip(rates["shuffled"], rates["single_rows"], strict=True)]),
         "bytes_per_position": stored / teacher.num_targets,
