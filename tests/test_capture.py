@@ -29,6 +29,7 @@ from capture_fixtures import (
     with_a_twist,
     write_corpus,
 )
+from children import run_child
 from faults import failing_at
 from numpy.typing import NDArray
 from tokenizer_fixtures import build_tokenizer
@@ -420,11 +421,7 @@ def test_a_model_that_cannot_be_split_is_captured_too(cache: Path) -> None:
 KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
-import torch, transformers
-import tailcache.pipeline.capture
-import transformers.models.llama.modeling_llama
 from tailcache.scripts import cli
-torch.set_num_threads(1)
 seed, most, cache, *flags = sys.argv[1:]
 commits = Path(cache) / "teachers" / "t" / "commits"
 generator, kills, committed = random.Random(int(seed)), 0, []
@@ -458,11 +455,8 @@ def killed(cache: Path, folder: str, *, seed: int, most: int) -> list[int]:
     flags = ["--teacher", folder, "--name", "t", "--top-k", "8", "--num-samples", "4", "--device", "cpu"]
     flags += ["--batch-positions", "64", "--shard-positions", "30", "--chunk-positions", "16"]
     flags += ["--temperatures", "2", "0.5", "--hidden", "int8"]  # every field there is
-    done = subprocess.run(
-        [sys.executable, "-c", KILLER, str(seed), str(most), str(cache), *flags],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    return [int(number) for number in done.stdout.splitlines()[-1].split()]
+    printed = run_child(KILLER, seed, most, cache, *flags, timeout=120)
+    return [int(number) for number in printed.splitlines()[-1].split()]
 
 
 @pytest.mark.slow

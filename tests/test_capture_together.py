@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from capture_fixtures import config, folder_hashes, pack, random_documents, save_teacher, tiny_model, write_corpus
+from children import run_child
 
 from tailcache.pipeline.capture import capture, capture_shard
 from tailcache.pipeline.config import CaptureConfig
@@ -30,12 +29,8 @@ DOCUMENTS = random_documents(80, vocab_size=V, seed=1)
 
 WORKERS = """
 import os, random, signal, sys, time
-import torch, transformers
-import tailcache.pipeline.capture
-import transformers.models.llama.modeling_llama
 from tailcache.pipeline import rows
 from tailcache.scripts import cli
-torch.set_num_threads(1)
 seed, processes, kills, slow, cache, *flags = sys.argv[1:]
 generator, left, running, done = random.Random(int(seed)), int(kills), {}, 0
 batch_segments = rows.batch_segments
@@ -100,13 +95,8 @@ def alone(corpus: Path, model: str, tmp_path_factory: pytest.TempPathFactory) ->
 def together(
     cache: Path | str, model: str, *, processes: int, kills: int = 0, slow: float = 0.0, seed: int = 0
 ) -> list[int]:
-    done = subprocess.run(
-        [sys.executable, "-c", WORKERS, *map(str, (seed, processes, kills, slow, cache)), "--teacher", model, *FLAGS],
-        capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    return [int(number) for number in done.stdout.splitlines()[-1].split()]
+    printed = run_child(WORKERS, seed, processes, kills, slow, cache, "--teacher", model, *FLAGS, timeout=200)
+    return [int(number) for number in printed.splitlines()[-1].split()]
 
 
 @pytest.mark.slow

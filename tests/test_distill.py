@@ -5,10 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
@@ -19,6 +16,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from children import run_group
 from loss_cases import CODEC_MAX, CODEC_MEAN, MICRO_BATCH
 from places import cache_folder
 from tokenizer_fixtures import build_tokenizer
@@ -880,13 +878,13 @@ def test_training_on_a_prefix_of_a_capture(
 
 
 AGREE = """
-import sys
+import os, sys
 from pathlib import Path
 import torch
 from tailcache.trainers.config import TrainConfig
 from tailcache.trainers.run import _open_teacher
-rank, cache, meeting = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-torch.distributed.init_process_group("gloo", init_method="file://" + meeting, rank=rank, world_size=2)
+torch.distributed.init_process_group("gloo")
+cache = os.path.join(sys.argv[1], os.environ["RANK"])
 teacher = _open_teacher(TrainConfig(cache=cache, out=Path(cache) / "out", unfinished="prefix"))
 print(teacher.num_shards, teacher.hash)
 torch.distributed.destroy_process_group()
@@ -901,15 +899,7 @@ def test_all_processes_train_on_one_prefix(teacher: Teacher, tmp_path: Path) -> 
     early = tmp_path / "0" / "teachers" / teacher.name
     for path in (early / "complete.json", *sorted((early / "commits").iterdir())[1:]):
         path.unlink()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", AGREE, str(rank), str(tmp_path / str(rank)), str(tmp_path / "meeting")],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    first, second = (process.communicate(timeout=200)[0] for process in processes)
+    first, second = run_group(AGREE, tmp_path, size=2)
     assert first == second
     assert first.startswith("1 ")
 
@@ -982,28 +972,8 @@ def test_two_processes_train_like_one(teacher: Teacher, loss: dict[str, Any], ti
     settings: dict[str, Any] = {"max_steps": 3, "eval_every": 3, "log_every": 1, "learning_rate": 1e-3, "device": "cpu"}
     settings |= {**loss, "student": replace(SMALL, tie_embeddings=tied)}
     train(_config(teacher, tmp_path / "one", batch_rows=6, **settings))
-    script = tmp_path / "two.py"
-    script.write_text(TWO_PROCESSES)
     text = json.dumps({**settings, "batch_rows": 3, "student": asdict(settings["student"])})
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            str(script),
-            str(cache_folder(teacher.corpus)),
-            str(tmp_path / "two"),
-            text,
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_group(TWO_PROCESSES, cache_folder(teacher.corpus), tmp_path / "two", text, size=2)
     for name, fields in (
         ("training.jsonl", ("loss", "clm", "divergence", "grad_norm", "positions_seen")),
         ("metrics.jsonl", ("cross_entropy", "kl", "top1_agreement", "positions", "positions_seen")),
@@ -1048,22 +1018,7 @@ for tied in (True, False):
 @pytest.mark.slow
 def test_a_sharded_model_has_the_same_gradient(teacher: Teacher, tmp_path: Path) -> None:
     """FSDP2: the head's weight is whole only inside the model's forward, and that is where the loss is worked out."""
-    script = tmp_path / "sharded.py"
-    script.write_text(SHARDED)
-    run_ = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(
-        [*run_, str(cache_folder(teacher.corpus)), str(tmp_path / "out")],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "PYTHONPATH": str(Path(__file__).parent),
-        },
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_group(SHARDED, cache_folder(teacher.corpus), tmp_path / "out", size=2)
 
 
 # ---- refusals before any training ----

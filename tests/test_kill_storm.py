@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from capture_fixtures import folder_hashes, pack, random_documents, save_teacher, tiny_model, write_corpus
+from children import run_child
 from conftest import Tally
 
 from tailcache.storage.verify import verify
@@ -20,11 +19,7 @@ FLAGS += ["--shard-positions", "24", "--chunk-positions", "8"]
 STORM = """
 import os, random, signal, sys, time
 from pathlib import Path
-import torch, transformers
-import tailcache.pipeline.capture
-import transformers.models.llama.modeling_llama
 from tailcache.scripts import cli
-torch.set_num_threads(1)
 seed, processes, kills, cache, *flags = sys.argv[1:]
 generator, running, counts = random.Random(int(seed)), set(), []
 commits = Path(cache) / "teachers" / "t" / "commits"
@@ -61,13 +56,8 @@ print("committed", *counts)
 
 def storm(cache: Path, model: str, *, processes: int, kills: int, seed: int = 0) -> list[int]:
     """Capture, killing processes at random; gives the number of committed shards after each kill."""
-    done = subprocess.run(
-        [sys.executable, "-c", STORM, *map(str, (seed, processes, kills, cache)), "--teacher", model, *FLAGS],
-        capture_output=True, text=True, timeout=250, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    return [int(number) for number in done.stdout.splitlines()[-1].split()[1:]]
+    printed = run_child(STORM, seed, processes, kills, cache, "--teacher", model, *FLAGS, timeout=250)
+    return [int(number) for number in printed.splitlines()[-1].split()[1:]]
 
 
 @pytest.mark.slow

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import fields
@@ -13,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from capture_fixtures import pack, random_documents, save_teacher, tiny_model, write_corpus
+from children import Child
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import cache_folder
@@ -199,7 +198,6 @@ def test_any_order_of_commits_shows_a_growing_prefix(finished: Exact, order: lis
 
 SLOW_CAPTURE = """
 import sys, time
-import tailcache.pipeline.capture
 from tailcache.pipeline import rows
 from tailcache.scripts import cli
 batch_segments = rows.batch_segments
@@ -220,7 +218,7 @@ def test_readers_while_real_captures_write(tmp_path: Path) -> None:
     model = save_teacher(tmp_path / "model", tiny_model("llama", vocab_size))
     flags = ["--cache", str(cache_path), "--teacher", model, "--name", "t", "--top-k", "8", "--num-samples", "4"]
     flags += ["--device", "cpu", "--batch-positions", "64", "--shard-positions", "30", "--chunk-positions", "16"]
-    captures = [subprocess.Popen([sys.executable, "-c", SLOW_CAPTURE, *flags]) for _ in range(2)]
+    captures = [Child(SLOW_CAPTURE, *flags) for _ in range(2)]
     held: dict[int, tuple[Teacher, Targets, str]] = {}
     try:
         while any(capture.poll() is None for capture in captures):
@@ -235,9 +233,8 @@ def test_readers_while_real_captures_write(tmp_path: Path) -> None:
             if teacher.is_prefix:
                 held.setdefault(teacher.num_shards, (teacher, targets, teacher.hash))
     finally:
-        for capture in captures:
-            capture.wait(timeout=200)
-    assert [capture.returncode for capture in captures] == [0, 0]
+        statuses = [capture.wait() for capture in captures]
+    assert statuses == [0, 0]
     whole = open_cache(cache_path).teacher("t", unfinished="wait", timeout_s=60)
     expected = whole.rows(0, whole.num_rows)
     assert len(held) > 3

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from capture_fixtures import save_teacher, tiny_model
+from children import COMMAND, Child
 from s3_server import Faults, S3Server
 from tokenizer_fixtures import build_tokenizer
 
@@ -89,24 +88,18 @@ def caches(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Ite
     s3_server.faults.clear()
 
 
-def _start(line: list[str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "tailcache.scripts.cli", *line], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-
-
 def _killed_while_uploading(caches: Caches) -> None:
     """Prepare in the bucket, killed when some files are there: there is no corpus then."""
     place = open_place(caches.url)
     slow = caches.faults.add("slow", methods=("PUT",), path="/corpus/tokens/c/", seconds=1)
     caches.faults.active.insert(0, caches.faults.active.pop())
-    with _start(caches.command("prepare", caches.url)) as process:
-        deadline = time.monotonic() + 120
-        while not slow.struck:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.kill()
-        process.wait()
+    process = Child(COMMAND, *caches.command("prepare", caches.url))
+    deadline = time.monotonic() + 120
+    while not slow.struck:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
     caches.faults.active.remove(slow)
     assert len(list(place.files("corpus"))) > 3
     assert not place.exists("corpus/manifest.json")
@@ -116,20 +109,20 @@ def _killed_while_uploading(caches: Caches) -> None:
 
 def _two_at_once(caches: Caches) -> None:
     """Two processes capture teacher b in the bucket; both end well."""
-    processes = [_start(caches.command("capture", caches.url, name="b")) for _ in range(2)]
+    processes = [Child(COMMAND, *caches.command("capture", caches.url, name="b")) for _ in range(2)]
     assert [process.wait(180) for process in processes] == [0, 0]
 
 
 def _killed_while_capturing(caches: Caches) -> None:
     """Capture teacher a in the bucket, killed when two shards are committed, and again to the end."""
     place = open_place(caches.url) / "teachers" / "a"
-    with _start(caches.command("capture", caches.url, name="a")) as process:
-        deadline = time.monotonic() + 120
-        while len(list(place.files("commits"))) < 2 and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.kill()
-        process.wait()
+    process = Child(COMMAND, *caches.command("capture", caches.url, name="a"))
+    deadline = time.monotonic() + 120
+    while len(list(place.files("commits"))) < 2 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
     assert main(caches.command("capture", caches.url, name="a")) == 0
 
 
