@@ -66,6 +66,11 @@ VERBS = {
         "tailcache.scripts.evaluate",
         ("student",),
     ),
+    "student": Verb(
+        "say what a student would be: its sizes and parameters",
+        "tailcache.scripts.student:ShowConfig",
+        "tailcache.scripts.student",
+    ),
     "compare": Verb(
         "compare teachers from their caches alone",
         "tailcache.pipeline.config:CompareConfig",

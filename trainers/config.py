@@ -13,34 +13,48 @@ from typing import Literal
 from tailcache.storage.errors import ConfigError
 from tailcache.storage.unfinished import Unfinished
 from tailcache.trainers.loss_config import Divergence, LossConfig, LossParameters
+from tailcache.trainers.presets import PresetName
 
 __all__ = ["StudentConfig", "TrainConfig"]
 
-_SIZES = ("hidden_size", "num_layers", "num_heads", "intermediate_size", "tie_embeddings")
+_NUMBERS = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
+_SIZES = (*_NUMBERS, "tie_embeddings")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
-    """Which student: a checkpoint, a configuration to initialise at random, or a few sizes."""
+    """Which student: a checkpoint, parts of a teacher, or at random: a preset, a configuration, a few sizes."""
 
     checkpoint: str | None = None
-    """Start from this checkpoint: a folder or a hub id of any causal language model. Its tokenizer must be
-    the corpus' own."""
+    """Start from this checkpoint: a folder, a GGUF file or a hub id of any causal language model. Its tokenizer must
+    be the corpus' own."""
+
+    init_from: str | None = None
+    """Initialise the student with parts of this teacher: a folder, a GGUF file or a hub id of a Llama-, Mistral-,
+    Qwen2-, Qwen3-, Phi-, Phi3- or Gemma-type model with the corpus' own tokenizer. The student has its architecture,
+    with the sizes given here, in a preset or in student.config; sizes that are not given are the teacher's. Embeddings
+    and attention are copied, cut to the student's sizes; feed-forward parts are random. See docs/students.md."""
 
     revision: str | None = None
-    """Branch, tag or commit of a hub checkpoint."""
+    """Branch, tag or commit of a hub checkpoint, or of the teacher to initialise from."""
+
+    preset: PresetName | None = None
+    """A student by name, those of the paper on tail-aware distillation: qwen1.5-1.2b and qwen1.5-0.5b (from
+    Qwen1.5-1.8B), phi2-1.1b (from Phi-2), qwen2.5-1.2b (from Qwen2.5-3B), gemma2-2b (from Gemma2-9B). Without
+    student.init_from all of it is random. `tailcache student --student.preset NAME` counts its parameters."""
 
     config: str | None = None
     """Initialise at random from this configuration: a JSON file, a folder with a config.json, or JSON text
     such as '{"hidden_size": 512, "num_hidden_layers": 8}'. The vocabulary size is the corpus' unless
-    given."""
+    given. With student.init_from: what differs from the teacher's configuration."""
 
     model_type: str | None = None
     """The architecture, as transformers names it (llama, qwen3, gpt2, mamba, ...), if the configuration does
     not say it. Default: llama."""
 
     hidden_size: int | None = None
-    """Width of a student made from sizes alone. Default: 256."""
+    """Width of a student made from sizes alone. Default: 256, or the teacher's with student.init_from; so with all
+    sizes."""
 
     num_layers: int | None = None
     """Its layers. Default: 4."""
@@ -48,11 +62,36 @@ class StudentConfig:
     num_heads: int | None = None
     """Its attention heads. Default: 4."""
 
+    num_kv_heads: int | None = None
+    """Its key-value heads. Default: as many as attention heads; with student.init_from as many for each as in the
+    teacher."""
+
+    head_dim: int | None = None
+    """Dimensions of an attention head. Default: the hidden size over the number of heads; with student.init_from at
+    most the teacher's."""
+
     intermediate_size: int | None = None
     """Width of its feed-forward part. Default: 8/3 of the hidden size, rounded up to a multiple of 32."""
 
     tie_embeddings: bool | None = None
     """Whether its head shares the input embeddings. Default: yes."""
+
+    layers: tuple[int, ...] | None = None
+    """With student.init_from: the teacher's layers to take, ascending from 0. Default: as many as the student has,
+    evenly spread, the first and the last among them."""
+
+    copy_embeddings: bool = True
+    """With student.init_from: copy the embeddings, the head and the last norm."""
+
+    copy_attention: bool = True
+    """With student.init_from: copy the attention of the layers, with the norms before (and after) it."""
+
+    copy_mlps: bool = False
+    """With student.init_from: copy the feed-forward parts too, with their norms, cut to the student's sizes."""
+
+    freeze_embeddings: bool = False
+    """Do not train the input embeddings (nor the head, where it shares them); they must come from a checkpoint or a
+    teacher."""
 
     attn_implementation: str | None = None
     """Attention: sdpa, eager, flash_attention_2, ... Default: what transformers chooses for the model."""
@@ -60,7 +99,8 @@ class StudentConfig:
     def __post_init__(self) -> None:
         given = [name for name in _SIZES if getattr(self, name) is not None]
         if self.checkpoint is not None:
-            clashing = [n for n in ("config", "model_type") if getattr(self, n) is not None] + given
+            clashing = [n for n in ("init_from", "preset", "config", "model_type") if getattr(self, n) is not None]
+            clashing += given
             if clashing:
                 raise ConfigError(
                     f"student.{clashing[0]}: a checkpoint has its own architecture; drop either student.checkpoint "
@@ -70,10 +110,30 @@ class StudentConfig:
             raise ConfigError(
                 f"student.{given[0]}: the configuration in student.config already says it; put the size there"
             )
-        for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size"):
+        elif self.preset is not None and self.model_type is not None:
+            raise ConfigError("student.model_type: a preset has its own; drop either")
+        for name in _NUMBERS:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"student.{name}: expected a positive number, found {value}")
+        self._check_copies()
+
+    def _check_copies(self) -> None:
+        if self.init_from is None:
+            changed = [n for n in ("layers", "copy_mlps") if getattr(self, n)]
+            changed += [n for n in ("copy_embeddings", "copy_attention") if not getattr(self, n)]
+            if changed:
+                raise ConfigError(f"student.{changed[0]}: says what to copy from student.init_from, which is not given")
+        if self.freeze_embeddings and self.checkpoint is None and (self.init_from is None or not self.copy_embeddings):
+            raise ConfigError(
+                "student.freeze_embeddings: expected embeddings from student.checkpoint or student.init_from, found "
+                "random ones, which would stay random"
+            )
+        if self.layers is not None and self.num_layers not in (None, len(self.layers)):
+            raise ConfigError(
+                f"student.num_layers: expected {len(self.layers)}, as many as student.layers names, found "
+                f"{self.num_layers}; drop one of them"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
