@@ -340,6 +340,8 @@ def test_the_cache_may_come_first_without_its_flag(tmp_path: Path, capsys: pytes
 
 
 def test_every_verb_is_declared_with_a_light_settings_class() -> None:
-    assert set(VERBS) == {"prepare", "capture", "train", "evaluate", "compare", "export", "derive", "verify", "info"}
+    assert set(VERBS) == {
+        *("prepare", "capture", "train", "evaluate", "student", "compare", "export", "derive", "verify", "info")
+    }
     assert all(":" in verb.config and verb.summary for verb in VERBS.values())
     assert cli.__all__ == ["VERBS", "Verb", "main"]
