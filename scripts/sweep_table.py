@@ -103,8 +103,8 @@ class Row:
 
     @property
     def finished(self) -> tuple[RunResult, ...]:
-        """Its finished runs."""
-        return tuple(each for each in self.results if each.status == "finished")
+        """Its runs that have a student."""
+        return tuple(each for each in self.results if each.record)
 
     @property
     def label(self) -> str:

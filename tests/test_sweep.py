@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +16,14 @@ import pytest
 from places import cache_folder
 from training_fixtures import make_cache, one_thread
 
+from tailcache.scripts.sweep_table import sweep_table
 from tailcache.storage.errors import ConfigError, IncompleteError, MismatchError
 from tailcache.storage.place import open_place
 from tailcache.storage.reader import Teacher
 from tailcache.trainers.config import StudentConfig, TrainConfig
-from tailcache.trainers.records import JsonLines
-from tailcache.trainers.sweep import SweepRun, run_sweep
-from tailcache.trainers.sweep_results import ERROR, SETTINGS, RunResult
+from tailcache.trainers.records import JsonLines, last_checkpoint
+from tailcache.trainers.sweep import SweepRun, report_end, run_sweep
+from tailcache.trainers.sweep_results import ERROR, SETTINGS, RunResult, read_result
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -36,9 +41,9 @@ def _run(teacher: Teacher, out: Path, name: str, **settings: Any) -> SweepRun:
     defaults: dict[str, Any] = {
         "student": StudentConfig(hidden_size=24, num_layers=1, num_heads=2),
         "batch_rows": 4,
-        "max_steps": 3,
-        "eval_every": 2,
-        "log_every": 2,
+        "max_steps": 23,
+        "eval_every": 8,
+        "log_every": 5,
         "learning_rate": 1e-2,
         "device": "cpu",
         "threads": 1,
@@ -70,15 +75,20 @@ def test_results_are_read_from_the_runs_own_files(sequential: tuple[Path, list[R
     out, (kd, failed, tad) = sequential
     assert [each.status for each in (kd, failed, tad)] == ["finished", "failed", "finished"]
     for each in (kd, tad):
-        assert [line["step"] for line in each.curve] == [0, 2, 3]
+        assert [line["step"] for line in each.curve] == [0, 8, 16, 23]
         assert each.final == each.curve[-1]
         timing = JsonLines(each.folder / "timing.jsonl").read()
-        assert [line["step"] for line in timing] == [2, 3]
+        assert [line["step"] for line in timing] == [5, 10, 15, 20, 23]
         assert sum(line["positions"] for line in timing) == each.positions_seen == each.curve[-1]["positions_seen"]
         assert each.seconds == sum(line["seconds"] for line in timing)
         assert each.positions_per_s is not None
         assert each.hours is not None
         assert each.hours * 3600 == pytest.approx(each.seconds)
+        assert each.final is not None
+        assert each.evaluation["positions"] == each.final["positions"]
+        assert each.evaluation["cross_entropy"]["value"] == pytest.approx(each.final["cross_entropy"], rel=1e-5)
+        assert each.evaluation["kl"]["value"] == pytest.approx(each.final["kl"], rel=1e-4)
+        assert each.evaluation["top1_agreement"]["value"] == pytest.approx(each.final["top1_agreement"])
     assert kd.curve[0]["cross_entropy"] != tad.curve[0]["cross_entropy"]  # another seed
     assert not (out / "sweep.lock").exists()
 
@@ -92,13 +102,104 @@ def test_a_run_that_fails_says_why_and_does_not_stop_the_others(sequential: tupl
     assert failed.positions_per_s is None
 
 
+def _comparable_files(folder: Path) -> dict[str, bytes]:
+    """What a run must leave whatever happened to it on the way."""
+    names = ("metrics.jsonl", "training.jsonl", "model.safetensors", "evaluation.json", "config.json")
+    return {name: (folder / name).read_bytes() for name in names}
+
+
 @pytest.mark.slow
-def test_side_by_side_equals_one_after_another(
+def test_killed_side_by_side_and_begun_again_equals_undisturbed_one_after_another(
     teacher: Teacher, tmp_path: Path, sequential: tuple[Path, list[RunResult]]
 ) -> None:
-    parallel = run_sweep(_three(teacher, tmp_path), tmp_path, parallel=2)
-    assert [_comparable(each) for each in parallel] == [_comparable(each) for each in sequential[1]]
-    assert "held-out cross-entropy" in (tmp_path / "tad" / "log.txt").read_text()
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(f"""
+base:
+  cache: {cache_folder(teacher.corpus)}
+  out: {tmp_path / "out"}
+  student: {{hidden_size: 24, num_layers: 1, num_heads: 2}}
+  batch_rows: 4
+  max_steps: 23
+  eval_every: 8
+  log_every: 5
+  learning_rate: 1e-2
+  save_every: 5
+  device: cpu
+  threads: 1
+runs:
+  kd: {{loss: kd, seed: 1}}
+  tad: {{loss: tad, top_k: 3, seed: 0}}
+""")
+    folders = [tmp_path / "out" / name for name in ("kd/seed-1", "tad/seed-0")]
+    command = [sys.executable, "-m", "tailcache.scripts.cli", "train", "--sweep", str(sweep)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen([*command, "--parallel", "2"], env=environment, stderr=subprocess.PIPE) as process:
+        while last_checkpoint(folders[1]) is None:
+            assert process.poll() is None, process.stderr and process.stderr.read().decode()
+            time.sleep(0.002)
+        process.kill()
+    statuses = [read_result("", folder).status for folder in folders]
+    assert "interrupted" in statuses
+    for folder in folders:  # the processes of the runs die with the sweep's
+        deadline = time.monotonic() + 60
+        while (claim := open_place(folder).claim("run.lock")) is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        claim.release()
+
+    shared = {"student": StudentConfig(hidden_size=24, num_layers=1, num_heads=2), "save_every": 5}
+    runs = [
+        _run(teacher, tmp_path / "out", "kd/seed-1", loss="kd", seed=1, **shared),
+        _run(teacher, tmp_path / "out", "tad/seed-0", loss="tad", top_k=3, **shared),
+    ]
+    run_sweep(runs[:1], tmp_path / "out")
+    results = run_sweep(runs, tmp_path / "out", parallel=2)  # the other one, in its own process
+    undisturbed = [each for each in sequential[1] if each.status == "finished"]
+    assert [each.status for each in results] == ["finished", "finished"]
+    for result, expected in zip(results, undisturbed, strict=True):
+        assert _comparable_files(result.folder) == _comparable_files(expected.folder)
+        assert result.evaluation == expected.evaluation
+    assert "held-out cross-entropy" in (folders[1] / "log.txt").read_text()
+    tables = [sweep_table(runs, results), sweep_table(runs, undisturbed)]
+    figures = [[cell for line in table.cells() for cell in line[:5]] for table in tables]  # without what time decides
+    assert figures[0] == figures[1]
+
+
+@pytest.mark.parametrize(
+    ("exitcode", "message"),
+    [
+        (-9, "its process was killed by SIGKILL (out of memory?)"),
+        (-11, "its process was killed by SIGSEGV;"),
+        (3, "its process exited with 3"),
+    ],
+)
+def test_a_process_that_dies_without_a_word_is_a_failure(
+    teacher: Teacher, tmp_path: Path, exitcode: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = _run(teacher, tmp_path, "kd")
+    report_end(run, exitcode)
+    result = run.result()
+    assert result.status == "failed"
+    assert result.error is not None
+    assert message in result.error
+    assert str(tmp_path / "kd" / "log.txt") in result.error
+    assert f"kd: failed: {result.error}" in capsys.readouterr().out
+
+
+def test_a_student_that_cannot_be_evaluated_has_failed_but_keeps_its_figures(
+    teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = _run(teacher, tmp_path, "kd", loss="kd", max_steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr("tailcache.trainers.sweep_evaluation.evaluate_student", lambda *_, **__: 1 / 0)
+        [result] = run_sweep([run], tmp_path)
+    assert result.status == "failed"
+    assert result.error == "ZeroDivisionError: division by zero"
+    assert result.final is not None
+    [again] = run_sweep([run], tmp_path, show_progress=False)
+    assert again.status == "finished"
+    assert again.evaluation["full_ece"]["value"] > 0
+    assert again.curve == result.curve
 
 
 def test_what_has_finished_is_left_alone_and_what_failed_is_tried_again(
@@ -120,7 +221,7 @@ def test_what_has_finished_is_left_alone_and_what_failed_is_tried_again(
     ("changes", "message"),
     [
         ({"learning_rate": 2e-2}, "tad: learning_rate was 0.01, and now is 0.02"),
-        ({"max_steps": 4}, "tad: max_steps was 3, and now is 4"),
+        ({"max_steps": 4}, "tad: max_steps was 23, and now is 4"),
         ({"eval_rows": 1}, "tad: eval_rows was None, and now is 1"),
         ({"student": StudentConfig(hidden_size=16)}, "tad: student was"),
     ],

@@ -37,7 +37,7 @@ from tailcache.trainers.records import FREE_SETTINGS, resolved
 from tailcache.trainers.sweep_results import ERROR, LOG, RunResult, read_result, read_settings
 from tailcache.trainers.sweep_worker import FAILED, run_here, run_in_process
 
-__all__ = ["SweepRun", "run_sweep"]
+__all__ = ["SweepRun", "report_end", "run_sweep"]
 
 LOCK = "sweep.lock"
 
@@ -70,7 +70,12 @@ class SweepRun:
 
 
 def run_sweep(
-    runs: Sequence[SweepRun], folder: Path, *, parallel: int = 1, show_progress: bool = True
+    runs: Sequence[SweepRun],
+    folder: Path,
+    *,
+    parallel: int = 1,
+    evaluate: bool = True,
+    show_progress: bool = True,
 ) -> list[RunResult]:
     """Train what has not finished yet.
 
@@ -78,6 +83,7 @@ def run_sweep(
       runs: what to train; names and folders are unique.
       folder: the sweep's own, held by a lock while it works.
       parallel: so many runs at a time, each in its own process; 1 uses this one.
+      evaluate: also evaluate each finished student on the held-out rows, once (see ``evaluation``).
       show_progress: a line per run, or a bar over all of them.
 
     Returns:
@@ -94,11 +100,11 @@ def run_sweep(
     if claim is None:
         raise IncompleteError(f"{folder}: another sweep works here; wait for it, or choose another folder")
     try:
-        todo = _unfinished(runs)
+        todo = _unfinished(runs, evaluate)
         if todo and parallel > 1:
-            _run_parallel(todo, parallel, show_progress)
+            _run_parallel(todo, parallel, evaluate, show_progress)
         elif todo:
-            _run_here(todo, len(runs), show_progress)
+            _run_here(todo, len(runs), evaluate, show_progress)
         return [run.result() for run in runs]
     finally:
         claim.release()
@@ -126,7 +132,7 @@ def _check(runs: Sequence[SweepRun], parallel: int) -> None:
 # ---- what there is to do ----
 
 
-def _unfinished(runs: Sequence[SweepRun]) -> list[SweepRun]:
+def _unfinished(runs: Sequence[SweepRun], evaluate: bool) -> list[SweepRun]:
     """The runs to train; refuses finished ones that are not what is asked for now.
 
     Raises:
@@ -136,8 +142,9 @@ def _unfinished(runs: Sequence[SweepRun]) -> list[SweepRun]:
     todo, differences = [], []
     for run in runs:
         result = run.result()
-        if result.status != "finished":
+        if result.status != "finished" or (evaluate and result.curve and not result.evaluation):
             todo.append(run)
+        if not result.record:
             continue
         where = str(run.config.cache)
         if where not in caches:
@@ -187,7 +194,7 @@ def _ready(run: SweepRun, threads: int | None) -> TrainConfig:
 # ---- one after another ----
 
 
-def _run_here(todo: Sequence[SweepRun], total: int, show_progress: bool) -> None:
+def _run_here(todo: Sequence[SweepRun], total: int, evaluate: bool, show_progress: bool) -> None:
     import torch
 
     threads = torch.get_num_threads()
@@ -202,7 +209,7 @@ def _run_here(todo: Sequence[SweepRun], total: int, show_progress: bool) -> None
             bad = f", {failed} failed" if failed else ""
             print(f"\n== run {total - len(todo) + index + 1} of {total}: {run.name}{bad}{left}", flush=True)
         try:
-            failed += not run_here(_ready(run, None))
+            failed += not run_here(_ready(run, None), evaluate=evaluate)
         finally:
             torch.set_num_threads(threads)
         gc.collect()
@@ -219,7 +226,7 @@ def _clock(seconds: float) -> str:
 # ---- several at a time ----
 
 
-def _run_parallel(todo: Sequence[SweepRun], parallel: int, show_progress: bool) -> None:
+def _run_parallel(todo: Sequence[SweepRun], parallel: int, evaluate: bool, show_progress: bool) -> None:
     slots = min(parallel, len(todo))
     threads = max(1, _processors() // slots)
     gpus = _gpus()
@@ -231,7 +238,8 @@ def _run_parallel(todo: Sequence[SweepRun], parallel: int, show_progress: bool) 
                 for slot in sorted(set(range(slots)) - running.keys())[: len(waiting)]:
                     run = waiting.pop()
                     gpu = gpus[slot % len(gpus)] if gpus else None
-                    process = spawn.Process(target=run_in_process, args=(_ready(run, threads), gpu), name=run.name)
+                    work = (_ready(run, threads), gpu, evaluate)
+                    process = spawn.Process(target=run_in_process, args=work, name=run.name)
                     process.start()
                     running[slot] = (run, process)
                 bar.set_postfix_str(", ".join(run.name for run, _ in running.values()))
@@ -240,7 +248,7 @@ def _run_parallel(todo: Sequence[SweepRun], parallel: int, show_progress: bool) 
                     if process.sentinel in ended:
                         process.join()
                         del running[slot]
-                        _report(run, process.exitcode)
+                        report_end(run, process.exitcode)
                         bar.update(1)
         finally:
             for _, process in running.values():
@@ -248,14 +256,20 @@ def _run_parallel(todo: Sequence[SweepRun], parallel: int, show_progress: bool) 
                 process.join()
 
 
-def _report(run: SweepRun, exitcode: int | None) -> None:
-    """One line for a run whose process has ended; one that died without a word gets its reason written down."""
+def report_end(run: SweepRun, exitcode: int | None) -> None:
+    """One line for a run whose process has ended; one that died without a word gets its reason written down.
+
+    Args:
+      run: whose it was.
+      exitcode: of the process; negative for the signal that killed it.
+    """
     if exitcode not in (0, FAILED):
         why = f"exited with {exitcode}"
         if exitcode is not None and exitcode < 0:
             why = f"was killed by {signal.Signals(-exitcode).name}"
             why += " (out of memory?)" if exitcode == -signal.SIGKILL else ""
         text = f"its process {why}; {run.config.out / LOG} has what it said\n"
+        durable.make_folder(run.config.out)
         durable.write_file(run.config.out / ERROR, text.encode())
     result = run.result()
     said = f"{run.name}: {result.status}"

@@ -36,11 +36,12 @@ class RunResult:
     Attributes:
       name: the run's.
       folder: where it lies.
-      status: `interrupted` is a run that has begun, has not finished and has not failed: it is running, or was killed.
+      status: `finished` has a student; `failed` may have one, which could not be evaluated; `interrupted` has begun and
+        done neither: it is running, or was killed.
       error: of a failed run, one line.
-      record: tailcache.json of a finished run; empty otherwise.
+      record: tailcache.json of a student that has been saved; empty otherwise.
       curve: the held-out evaluations so far, with "step", "positions_seen" and the metrics (see ``metrics``).
-      evaluation: evaluation.json of a finished run; empty where there is none.
+      evaluation: evaluation.json of such a student; empty where there is none.
       seconds: of training so far, without evaluations; None where nothing has been timed.
       positions_per_s: target positions trained on per second, over the same time.
     """
@@ -58,7 +59,7 @@ class RunResult:
     @property
     def final(self) -> dict[str, Any] | None:
         """The held-out metrics of the finished student; None if it has none."""
-        return self.curve[-1] if self.status == "finished" and self.curve else None
+        return self.curve[-1] if self.record and self.curve else None
 
     @property
     def positions_seen(self) -> int:
@@ -88,10 +89,10 @@ def read_result(name: str, folder: Path) -> RunResult:
     status: Status = "not begun"
     if (folder / RECORD).is_file():
         status, record = "finished", read_record(folder)
-    elif (folder / ERROR).is_file():
+    if (folder / ERROR).is_file():
         status = "failed"
         error = ((folder / ERROR).read_text(encoding="utf-8").splitlines() or ["no reason was left"])[0]
-    elif any((folder / file).exists() for file in (SETTINGS, "metrics.jsonl")) or last_checkpoint(folder) is not None:
+    elif not record and ((folder / SETTINGS).exists() or last_checkpoint(folder) is not None):
         status = "interrupted"
     timed = [line for line in JsonLines(folder / "timing.jsonl").read() if "seconds" in line]
     seconds = sum(line["seconds"] for line in timed)

@@ -33,11 +33,12 @@ __all__ = ["run_here", "run_in_process"]
 FAILED = 1
 
 
-def run_here(config: TrainConfig) -> bool:
-    """Train one student, or go on where it was; a failure is written down, not raised.
+def run_here(config: TrainConfig, *, evaluate: bool) -> bool:
+    """Train one student, or go on where it was, and evaluate it; a failure is written down, not raised.
 
     Args:
       config: with `resume`.
+      evaluate: also leave evaluation.json.
 
     Returns:
       Whether it has finished.
@@ -51,18 +52,24 @@ def run_here(config: TrainConfig) -> bool:
             from tailcache.trainers.run import train
 
             train(config)
+            if evaluate:
+                from tailcache.trainers.sweep_evaluation import evaluate_finished
+
+                evaluate_finished(config)
+            (config.out / ERROR).unlink(missing_ok=True)  # of another process that has found this one here
     except Exception as error:
         _write_error(config.out, error)
         return False
     return True
 
 
-def run_in_process(config: TrainConfig, gpu: str | None) -> None:
+def run_in_process(config: TrainConfig, gpu: str | None, evaluate: bool) -> None:
     """What a process that was spawned for one run does.
 
     Args:
       config: the run's settings, with `resume` and `threads`.
       gpu: the one GPU it may see, as CUDA_VISIBLE_DEVICES says it; None leaves the environment as it is.
+      evaluate: as for `run_here`.
     """
     threading.Thread(target=_die_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep hears it too, and ends its processes
@@ -77,7 +84,7 @@ def run_in_process(config: TrainConfig, gpu: str | None) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
-    done = run_here(config)
+    done = run_here(config, evaluate=evaluate)
     sys.stdout.flush()
     sys.exit(0 if done else FAILED)
 
