@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,15 @@ Tally = Callable[[str, int], None]
 torch.set_num_threads(1)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def temporary_files_in_memory(folder: str = "/dev/shm", room: int = 4 << 30) -> None:
+    """Let ``tmp_path`` lie in memory where there is room: the tests make and delete some hundred thousand files."""
+    if os.access(folder, os.W_OK) and shutil.disk_usage(folder).free >= room:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", folder)
+
+
+temporary_files_in_memory()
 
 
 @pytest.fixture
