@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -223,7 +224,7 @@ def test_what_has_finished_is_left_alone_and_what_failed_is_tried_again(
         ({"learning_rate": 2e-2}, "tad: learning_rate was 0.01, and now is 0.02"),
         ({"max_steps": 4}, "tad: max_steps was 23, and now is 4"),
         ({"eval_rows": 1}, "tad: eval_rows was None, and now is 1"),
-        ({"student": StudentConfig(hidden_size=16)}, "tad: student was"),
+        ({"student": StudentConfig(hidden_size=16)}, "tad: student.hidden_size was 24, and now is 16"),
     ],
     ids=["rate", "length", "held-out", "student"],
 )
@@ -235,6 +236,20 @@ def test_changed_settings_of_a_finished_run_are_refused_by_name(
     with pytest.raises(MismatchError, match=message):
         run_sweep(runs, out)
     assert not (out / "new").exists()
+
+
+def test_settings_that_are_younger_than_a_run_had_their_defaults(
+    teacher: Teacher, tmp_path: Path, sequential: tuple[Path, list[RunResult]]
+) -> None:
+    run = _run(teacher, tmp_path, "tad", loss="tad", top_k=3)
+    shutil.copytree(sequential[0] / "tad", run.config.out)
+    path = run.config.out / SETTINGS
+    settings = json.loads(path.read_text())
+    del settings["weight_decay"], settings["student"]["model_type"]
+    path.write_text(json.dumps(settings))
+    assert run_sweep([run], tmp_path)[0].status == "finished"
+    with pytest.raises(MismatchError, match=r"weight_decay was 0\.1, and now is 0\.2"):
+        run_sweep([replace(run, config=replace(run.config, weight_decay=0.2))], tmp_path)
 
 
 def test_settings_that_change_nothing_may_differ(teacher: Teacher, sequential: tuple[Path, list[RunResult]]) -> None:

@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -174,16 +174,20 @@ def _changes(config: TrainConfig, record: Mapping[str, Any], cache: Cache) -> It
     if was is None:
         yield f"{config.out} holds a run that no sweep has begun"
         return
-    defaults = {each.name: each.default for each in fields(config)}
-    for name in sorted(now.keys() - _FREE):
-        then = was.get(name, _plain(defaults.get(name)))
+    was, now = _flat(was), _flat(now)
+    defaults = _flat(resolved(TrainConfig(cache="", out=Path())))
+    for name in sorted(name for name in now if name.partition(".")[0] not in _FREE):
+        then = was.get(name, defaults.get(name))  # settings that are younger than the run had their defaults
         if then != now[name]:
             yield f"{name} was {then}, and now is {now[name]}"
 
 
-def _plain(value: Any) -> Any:
-    """A field's default as JSON has it: for settings that are younger than the run."""
-    return list(value) if isinstance(value, tuple) else value
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings with the names of groups before those in them, as flags have them."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
 
 
 def _ready(run: SweepRun, threads: int | None) -> TrainConfig:
