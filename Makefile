@@ -46,6 +46,7 @@ bench: $(VENV)/.ready
 	$(RUN) -m tailcache.scripts.bench_storage
 	$(RUN) -m tailcache.scripts.bench_head
 	$(RUN) -m tailcache.scripts.bench_losses
+	$(RUN) -m tailcache.scripts.bench_step
 	$(RUN) -m tailcache.scripts.bench_fidelity
 
 $(VENV)/.ready: pyproject.toml scripts/make_venv.sh

@@ -41,7 +41,7 @@ from tailcache.storage.rust_codecs import SWITCH
 from tailcache.storage.targets import Targets, TargetsWriter, plan_layout
 from tailcache.trainers.loader import CacheLoader
 
-__all__ = ["BenchReader", "main", "synthetic_targets"]
+__all__ = ["BenchReader", "main", "synthetic_cache", "synthetic_targets"]
 
 MIN_POSITIONS_PER_S = 2e6
 MIN_OVER_PARQUET = 3.0
@@ -110,26 +110,34 @@ def synthetic_targets(num: int, vocab_size: int, top_k: int, num_samples: int, s
     )
 
 
-def _synthetic_cache(config: BenchReader, cache: Path) -> None:
+def synthetic_cache(
+    cache: Path, *, positions: int, row_positions: int, vocab_size: int, top_k: int, num_samples: int
+) -> None:
+    """A corpus of random tokens, and the teacher ``bench`` over it with ``synthetic_targets``.
+
+    Args:
+      cache: where to.
+      positions: target positions, about: those of whole rows.
+      row_positions: target positions of a row.
+      vocab_size: V.
+      top_k: tokens kept.
+      num_samples: draws from the tail.
+    """
     generator = np.random.default_rng(0)
-    length = config.row_positions + 1
+    length = row_positions + 1
     start = np.zeros(length, np.bool_)
     start[0] = True
     wanted = np.ones(length, np.bool_)
-    with CorpusWriter(cache, vocab_size=config.vocab_size) as writer:
-        for _ in range(max(1, config.positions // config.row_positions)):
-            writer.append(generator.integers(0, config.vocab_size, length), start, wanted, held_out=False)
+    with CorpusWriter(cache, vocab_size=vocab_size) as writer:
+        for _ in range(max(1, positions // row_positions)):
+            writer.append(generator.integers(0, vocab_size, length), start, wanted, held_out=False)
         corpus = writer.finish(tokenizer_files={}, tokenizer={}, source={}, recipe={}, report={})
-    layout = plan_layout(
-        corpus, top_k=config.top_k, num_samples=config.num_samples, shard_positions=131_072, compression_level=5
-    )
+    layout = plan_layout(corpus, top_k=top_k, num_samples=num_samples, shard_positions=131_072, compression_level=5)
     with TargetsWriter(corpus, "bench", layout=layout, settings={}) as targets_writer:
         for shard in range(layout.num_shards):
             offsets = corpus.target_offsets(*layout.shard_rows(shard))
-            targets = synthetic_targets(
-                int(offsets[-1] - offsets[0]), config.vocab_size, config.top_k, config.num_samples, shard
-            )
-            targets_writer.write_shard(shard, targets, np.ones(config.vocab_size))
+            targets = synthetic_targets(int(offsets[-1] - offsets[0]), vocab_size, top_k, num_samples, shard)
+            targets_writer.write_shard(shard, targets, np.ones(vocab_size))
         targets_writer.finish()
 
 
@@ -230,7 +238,14 @@ def bench(config: BenchReader) -> None:
     with tempfile.TemporaryDirectory(prefix="tailcache-bench-") as folder:
         path = config.cache or Path(folder) / "cache"
         if config.cache is None:
-            _synthetic_cache(config, path)
+            synthetic_cache(
+                path,
+                positions=config.positions,
+                row_positions=config.row_positions,
+                vocab_size=config.vocab_size,
+                top_k=config.top_k,
+                num_samples=config.num_samples,
+            )
         place = CountedPlace(open_place(path))
         cache = open_cache(place)
         teacher = cache.teacher(config.teacher or cache.teacher_names[0])
