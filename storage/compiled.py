@@ -9,9 +9,9 @@ same, to the bit.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from functools import lru_cache
+from importlib.util import find_spec
 from types import ModuleType
 
 from tailcache.storage.errors import ConfigError
@@ -45,7 +45,7 @@ def decode_loops(num_positions: int) -> ModuleType | None:
 
 @lru_cache(maxsize=1)
 def _is_installed() -> bool:
-    return importlib.util.find_spec("numba") is not None
+    return find_spec("numba") is not None
 
 
 @lru_cache(maxsize=1)

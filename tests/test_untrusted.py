@@ -45,6 +45,8 @@ def test_no_module_unpickles_or_runs_what_it_reads(path: Path) -> None:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
+            if ast.unparse(node) == "from importlib.util import find_spec":
+                continue  # says whether a package is there, and loads none
             names = [node.module or "", *(alias.name for alias in node.names)]
         assert not PICKLES & {name.split(".")[0] for name in names}, f"{path}:{getattr(node, 'lineno', 0)}: a pickle"
         if storage:
