@@ -15,6 +15,7 @@ import reference
 import torch
 from loss_cases import FLOAT64, Tolerance, assert_close, cached, make_case, student_logits, teacher_logprobs
 from tokenizer_fixtures import SPECIAL, build_tokenizer
+from tokenizers import decoders
 from torch import Tensor, nn
 from training_fixtures import logprobs_of, make_cache, make_corpus, one_thread, tiny_model, write_teacher
 
@@ -310,6 +311,13 @@ def test_rows_that_do_not_follow_one_another_are_not_joined(whole: tuple[Teacher
     assert len(sums.sums_DC) == sum(len(part.sums_DC) for part in parts)
 
 
+def test_rows_of_both_sides_are_refused(whole: tuple[Teacher, Any]) -> None:
+    teacher, student = whole
+    for rows in (np.arange(3), np.array([0, teacher.num_rows])):
+        with pytest.raises(ConfigError, match="expected rows of one side of the corpus"):
+            document_sums(student, teacher, rows=rows, show_progress=False)
+
+
 def test_bootstrap_draws_documents(whole: tuple[Teacher, Any]) -> None:
     """The interval of a mean is that of the theory for sums of independent documents."""
     teacher, student = whole
@@ -475,6 +483,19 @@ def test_bits_per_byte_are_by_the_bytes_of_the_text(tmp_path: Path) -> None:
     nats = math.fsum(reference.cross_entropy(q, i) for q, i in zip(dense["q"], dense["y"], strict=True))
     assert found.bits_per_byte is not None
     assert_close(found.bits_per_byte.value, nats / math.log(2) / num_bytes, CODEC)
+
+
+def test_text_with_unknown_tokens_has_no_bytes(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer("unigram")
+    tokenizer.backend_tokenizer.decoder = decoders.Metaspace()
+    corpus = make_corpus(tmp_path / "cache", tokenizer, num_rows=8)
+    assert tokenizer.unk_token_id in corpus.rows(0, 8).tokens
+    teacher = write_teacher(
+        corpus, *logprobs_of(tiny_model(corpus.vocab_size), corpus), name="a", top_k=8, num_samples=2
+    )
+    found = evaluate_student(tiny_model(corpus.vocab_size, seed=3), teacher, show_progress=False, resamples=5)
+    assert found.bits_per_byte is None
+    assert "unknown tokens" in found.unavailable["bits_per_byte"]
 
 
 def _byte_alphabet() -> dict[int, str]:

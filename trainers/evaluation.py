@@ -134,7 +134,7 @@ def document_sums(
       model: a causal language model of ``transformers`` on its device, checked against the corpus
         (``student.build_student``). It is run in evaluation mode and left in the mode it was in.
       teacher: an open teacher of a cache.
-      rows: corpus rows, ascending; by default all that are held out.
+      rows: corpus rows, all held out or none; by default all that are.
       batch_rows: rows of a forward.
       num_bins: M, equal bins of ECE and Full-ECE.
       tail_ks: the K' at which tail masses are compared, ascending, at most the stored K; by default ``tail_ladder``.
@@ -145,7 +145,7 @@ def document_sums(
 
     Raises:
       DataError: no held-out rows, or no target position among the rows.
-      ConfigError: a number that makes no sense.
+      ConfigError: a number that makes no sense, or rows of both sides.
       StudentError: the student lets packed documents see one another, or its forward cannot be used.
 
     Cost: a forward, and per position some 4 V numbers for as many positions as fit a buffer; D x C sums, where C is
@@ -248,22 +248,27 @@ class _Documents:
     """Numbers documents, across the rows that they span."""
 
     def __init__(self, teacher: Teacher, rows: NDArray[np.int64]) -> None:
-        # Rows of the two splits are written in turns: a row goes on with the one before it of its own split.
-        order = np.full(teacher.num_rows, -1)
-        for split in (teacher.train_rows(), teacher.held_out_rows()):
-            order[split[1:]] = split[:-1]
-        self._before = order
-        self._last_row, self._next = -1, 0
+        held_out = teacher.held_out_rows()
+        split = held_out if np.isin(rows, held_out).any() else teacher.train_rows()
+        place = np.searchsorted(split, rows)
+        outside = rows[split[np.minimum(place, len(split) - 1)] != rows] if len(split) else rows
+        if len(outside):
+            raise ConfigError(
+                f"evaluation: expected rows of one side of the corpus, held out or for training, among the first "
+                f"{teacher.num_rows}; found row {outside[0]} beside row {rows[0]}"
+            )
+        # Rows of the two sides are written in turns: a row goes on with the one before it of its own side.
+        follows = np.diff(place, prepend=-2) == 1
+        self._follows = dict(zip(rows.tolist(), follows.tolist(), strict=True))
+        self._next = 0
 
     def of(self, rows: Sequence[RowTargets]) -> NDArray[np.int64]:
         """The document of each segment of these rows, which follow those of the call before."""
         numbers = []
         for row in rows:
-            goes_on = self._next > 0 and not row.document_start[0] and self._before[row.row] == self._last_row
-            first = self._next - goes_on
+            first = self._next - (self._follows[row.row] and not row.document_start[0])
             numbers.append(first + np.arange(1 + int(row.document_start[1:].sum())))
             self._next = int(numbers[-1][-1]) + 1
-            self._last_row = row.row
         return np.concatenate(numbers)
 
 
