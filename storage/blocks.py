@@ -19,7 +19,7 @@ from tailcache.storage.shares import Stage
 from tailcache.storage.slabs import empty
 
 if TYPE_CHECKING:
-    from tailcache.storage.reader import Teacher
+    from tailcache.storage.several import AnyTeacher
 
 __all__ = ["Block", "Cut", "Stored", "TargetRows", "gather", "read_block", "walk"]
 
@@ -74,12 +74,12 @@ class Block:
 
 
 def read_block(
-    teacher: Teacher, rows: NDArray[np.int64], *, optional: Collection[str] = (), targets: bool = True
+    teacher: AnyTeacher, rows: NDArray[np.int64], *, optional: Collection[str] = (), targets: bool = True
 ) -> Block:
     """Read some rows, neighbours together.
 
     Args:
-      teacher: an open teacher.
+      teacher: an open teacher, or several.
       rows: [R] ascending. What lies between two of them is read along, unless it is much.
       optional: which optional fields to read.
       targets: read the targets too, and not the corpus alone.

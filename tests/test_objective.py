@@ -305,7 +305,7 @@ def test_what_it_needs() -> None:
             objective.temperatures,
             objective.num_dense > 0,
             sorted(aids.fills),
-            aids.head is not None,
+            bool(aids.heads),
         )
 
     assert needs() == ((), (), False, [], False)

@@ -39,12 +39,14 @@ from tailcache.storage.alignment import next_tokens, segment_ids, target_positio
 from tailcache.storage.blocks import TargetRows, read_block
 from tailcache.storage.codec import OPTIONAL
 from tailcache.storage.errors import NotFoundError
+from tailcache.storage.several import SeveralTargets, field_name, fields_of
+from tailcache.trainers.mixture import mix
 from tailcache.trainers.terms import TeacherTerms
 
 if TYPE_CHECKING:
     from tailcache.storage.codec import Targets
     from tailcache.storage.corpus import Corpus
-    from tailcache.storage.reader import Teacher
+    from tailcache.storage.several import AnyTeacher
 
 __all__ = [
     "Batch",
@@ -58,6 +60,7 @@ __all__ = [
     "collate_block",
     "lay_out",
     "teacher_terms",
+    "terms_of_each",
 ]
 
 Layout = Literal["rows", "flat", "documents"]
@@ -133,7 +136,7 @@ class CacheRows(Dataset[RowTargets]):
 
     def __init__(
         self,
-        teacher: Teacher,
+        teacher: AnyTeacher,
         rows: NDArray[np.int64],
         *,
         kept_blocks: int = KEPT_BLOCKS,
@@ -142,7 +145,7 @@ class CacheRows(Dataset[RowTargets]):
         """Make a map-style dataset; item i is the i-th of `rows`.
 
         Args:
-          teacher: an open teacher of a cache.
+          teacher: an open teacher of a cache, or several.
           rows: [R] corpus row indices, ascending.
           kept_blocks: decoded blocks held, least recently used dropped first; about 10 MB each at K = 64
             and 16 samples.
@@ -249,8 +252,6 @@ def collate(rows: Sequence[RowTargets], *, layout: Layout = "rows", pad_to_multi
       teacher: a dict of the targets' fields, leading axis T (see ``teacher_terms``), the optional ones only where
       they were read.
     """
-    optional = [name for name in OPTIONAL if all(getattr(row.targets, name, _NONE).shape[1] for row in rows)]
-    read = [*TARGET_FIELDS, *optional, *(["hidden_scale"] if "hidden" in optional else [])]
     return _batch(
         _Flat(
             tokens=np.concatenate([row.tokens for row in rows]),
@@ -258,7 +259,7 @@ def collate(rows: Sequence[RowTargets], *, layout: Layout = "rows", pad_to_multi
             supervised=np.concatenate([row.supervised for row in rows]),
             offsets=_row_offsets(rows),
             row_of_target=np.repeat([row.row for row in rows], [len(row.targets) for row in rows]),
-            targets={name: np.concatenate([getattr(row.targets, name) for row in rows]) for name in read},
+            targets=_read_fields([row.targets for row in rows]),
         ),
         layout,
         pad_to_multiple_of,
@@ -274,8 +275,6 @@ def collate_block(block: TargetRows, *, layout: Layout = "rows", pad_to_multiple
       pad_to_multiple_of: lengthen the lines to a multiple of this.
     """
     rows, targets = block.rows, block.targets
-    optional = [name for name in OPTIONAL if getattr(targets, name).shape[1]]
-    read = [*TARGET_FIELDS, *optional, *(["hidden_scale"] if "hidden" in optional else [])]
     return _batch(
         _Flat(
             tokens=rows.tokens,
@@ -283,7 +282,7 @@ def collate_block(block: TargetRows, *, layout: Layout = "rows", pad_to_multiple
             supervised=rows.supervised,
             offsets=rows.offsets,
             row_of_target=np.repeat(rows.row_indices, np.diff(block.target_offsets)),
-            targets={name: getattr(targets, name) for name in read},
+            targets=_read_fields([targets]),
         ),
         layout,
         pad_to_multiple_of,
@@ -300,6 +299,22 @@ class _Flat:
     offsets: NDArray[np.int64]
     row_of_target: NDArray[np.int64]
     targets: dict[str, NDArray[Any]]
+
+
+def _read_fields(pieces: Sequence[Targets]) -> dict[str, NDArray[Any]]:
+    """The fields of some targets one after another, the optional ones where all have them; by teacher if several."""
+    optional = [name for name in OPTIONAL if all(getattr(piece, name, _NONE).shape[1] for piece in pieces)]
+    read = [*TARGET_FIELDS, *optional, *(["hidden_scale"] if "hidden" in optional else [])]
+
+    def joined(name: str) -> NDArray[Any]:
+        values: list[NDArray[Any]] = [getattr(piece, name) for piece in pieces]
+        return values[0] if len(values) == 1 else np.concatenate(values)
+
+    result = {name: joined(name) for name in read}
+    further = [piece.further for piece in pieces if isinstance(piece, SeveralTargets)]
+    for i, each in enumerate(zip(*further, strict=True), start=1):
+        result |= {field_name(i, name): values for name, values in _read_fields(each).items()}
+    return result
 
 
 def _batch(flat: _Flat, layout: Layout, pad_to_multiple_of: int) -> Batch:
@@ -320,15 +335,29 @@ def teacher_terms(batch: Batch, vocab_size: int, temperatures: Sequence[float] =
     """The targets of a batch as the terms that losses take: ids widened to int64.
 
     Args:
-      batch: of ``collate``, on any device.
+      batch: of ``collate``, on any device. With ``log_weights`` [T, n] (see ``mixture_weights``), of n teachers, whose
+        mixture these are the targets of.
       vocab_size: V.
-      temperatures: what the columns of ``log_z_tail`` are about, where it was read.
+      temperatures: what the columns of ``log_z_tail`` are about, where it was read; of a single teacher.
     """
-    fields: dict[str, Tensor] = batch["teacher"]
-    wanted = {name: fields[name] for name in (*TARGET_FIELDS, "log_z_tail") if name in fields}
+    if "log_weights" in batch:
+        return mix(terms_of_each(batch, vocab_size), batch["log_weights"])
+    return _terms(batch["teacher"], batch["labels"], vocab_size, temperatures)
+
+
+def terms_of_each(batch: Batch, vocab_size: int) -> list[TeacherTerms]:
+    """The targets of each of the n teachers of a batch with ``log_weights`` [T, n]; none of a single teacher's."""
+    num_teachers = batch["log_weights"].shape[1] if "log_weights" in batch else 0
+    return [_terms(fields_of(batch["teacher"], i), batch["labels"], vocab_size) for i in range(num_teachers)]
+
+
+def _terms(
+    fields: dict[str, Tensor], next_tokens: Tensor, vocab_size: int, temperatures: Sequence[float] = ()
+) -> TeacherTerms:
+    wanted: dict[str, Any] = {name: fields[name] for name in (*TARGET_FIELDS, "log_z_tail") if name in fields}
     return TeacherTerms(
         vocab_size=vocab_size,
-        next_tokens=batch["labels"],
+        next_tokens=next_tokens,
         temperatures=tuple(temperatures) if "log_z_tail" in wanted else (),
         **{name: value if value.is_floating_point() else value.long() for name, value in wanted.items()},
     )

@@ -18,14 +18,13 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
 from tailcache.storage.blocks import Block, read_block
-from tailcache.storage.errors import MismatchError
 from tailcache.storage.order import EpochOrder
-from tailcache.storage.reader import open_cache
+from tailcache.storage.several import Opening
 from tailcache.storage.shares import Ends, Stage, num_steps, shares
 from tailcache.trainers.parcels import Parcel, pack, shared, unpack
 
 if TYPE_CHECKING:
-    from tailcache.storage.reader import Teacher
+    from tailcache.storage.several import AnyTeacher
 
 __all__ = ["READ_THREADS", "REMOTE_READ_THREADS", "NeededBlocks", "Share", "Threads", "Workers"]
 
@@ -91,11 +90,10 @@ class NeededBlocks(IterableDataset[Parcel]):
     """The blocks that a process needs, in the order it asks for them: every n-th of them in each of n workers."""
 
     def __init__(
-        self, teacher: Teacher, rows: NDArray[np.int64], optional: tuple[str, ...], targets: bool, share: Share
+        self, teacher: AnyTeacher, rows: NDArray[np.int64], optional: tuple[str, ...], targets: bool, share: Share
     ) -> None:
-        self._teacher: Teacher | None = teacher
-        self._location, self._name, self._hash = str(teacher.corpus.cache_place), teacher.name, teacher.hash
-        self._num_shards = teacher.num_shards if teacher.is_prefix else None
+        self._teacher: AnyTeacher | None = teacher
+        self._opening = Opening.of(teacher)
         self._rows, self._optional, self._targets, self._share = rows, optional, targets, share
         self._begin = shared(torch.zeros(2, dtype=torch.int64))  # workers that persist are told through it
         self._order = share.order(0)
@@ -122,7 +120,7 @@ class NeededBlocks(IterableDataset[Parcel]):
         worker = get_worker_info()
         number, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         if worker is not None or self._teacher is None:
-            self._teacher = self._opened()  # nothing of another process' files, threads and connections is used
+            self._teacher = self._opening.open()  # nothing of another process' files, threads and connections is used
         epoch, start = self._begin.tolist()
         self._order = self._share.order(epoch)
         held: set[int] = set()
@@ -135,14 +133,6 @@ class NeededBlocks(IterableDataset[Parcel]):
                         yield pack(self.read(visit))
                     count += 1
             held = set(needs)
-
-    def _opened(self) -> Teacher:
-        teacher = open_cache(self._location).teacher(self._name, num_shards=self._num_shards)
-        if teacher.hash != self._hash:
-            raise MismatchError(
-                f"{self._location}, teacher {self._name!r}: changed since the loader was made; make a new loader"
-            )
-        return teacher
 
 
 class Threads:

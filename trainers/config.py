@@ -13,6 +13,7 @@ from typing import Literal
 from tailcache.storage.errors import ConfigError
 from tailcache.storage.unfinished import Unfinished
 from tailcache.trainers.loss_config import Divergence, LossConfig, LossParameters
+from tailcache.trainers.mixture_config import MixtureConfig
 from tailcache.trainers.presets import PresetName
 
 __all__ = ["StudentConfig", "TrainConfig"]
@@ -170,7 +171,7 @@ class _Places:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(LossParameters, _Places):
+class TrainConfig(LossParameters, MixtureConfig, _Places):
     """Train a student from the targets in a cache; the teacher is never loaded.
 
     The loss per target position is clm_weight * CLM + divergence_weight * DIV, summed over the positions of
@@ -263,6 +264,7 @@ class TrainConfig(LossParameters, _Places):
     """Continue from the last checkpoint in OUT (or start, if there is none)."""
 
     def __post_init__(self) -> None:
+        self.check_mixture(self.teacher)
         if self.losses:
             given = "loss" if self.loss is not None else "divergence_weight" if self.divergence_weight != 1.0 else None
             parameters = [each for each in fields(LossParameters) if getattr(self, each.name) != each.default]

@@ -39,12 +39,23 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from tailcache.storage.errors import ConfigError
-from tailcache.trainers.batches import CacheRows, Layout, block_rows_of, collate, collate_block, teacher_terms
+from tailcache.storage.several import Teachers
+from tailcache.trainers.batches import (
+    CacheRows,
+    Layout,
+    block_rows_of,
+    collate,
+    collate_block,
+    teacher_terms,
+    terms_of_each,
+)
 from tailcache.trainers.forward import HeadSeat, check_documents_kept_apart, default_layout, target_logits
 from tailcache.trainers.fused_loss import Mode
 from tailcache.trainers.linear_head import LinearHead
 from tailcache.trainers.loader import CacheLoader
-from tailcache.trainers.metrics import HeldOutSums, kl_kind, metrics_of_hidden, metrics_of_logits
+from tailcache.trainers.metrics import HeldOutSums, kl_kind, of_hidden, of_logits
+from tailcache.trainers.mixture_metrics import held_out_names, metrics_of_mixture
+from tailcache.trainers.mixture_weights import MixtureWeights, weighted_collate
 from tailcache.trainers.objective import Objective
 from tailcache.trainers.progress import Reporter, quiet_progress
 from tailcache.trainers.projection import attach_projection, load_projection, save_projection, without_projection
@@ -52,7 +63,7 @@ from tailcache.trainers.records import write_record
 from tailcache.trainers.student_head import find_linear_head
 
 if TYPE_CHECKING:
-    from tailcache.storage.reader import Teacher
+    from tailcache.storage.several import AnyTeacher
     from tailcache.trainers.config import TrainConfig
     from tailcache.trainers.live import LiveTeacher
     from tailcache.trainers.terms import TeacherTerms
@@ -73,15 +84,16 @@ class DistillTrainer(Trainer):
     loss_is_scaled_for_ga = True
 
     objective: Objective
-    teacher: Teacher
+    teacher: AnyTeacher
 
     def __init__(
         self,
         model: PreTrainedModel,
         args: TrainingArguments,
         *,
-        teacher: Teacher,
+        teacher: AnyTeacher,
         objective: Objective,
+        mixture_weights: MixtureWeights | None = None,
         layout: Layout | None = None,
         head_mode: Mode = "one-pass",
         train_rows: NDArray[np.int64] | None = None,
@@ -97,8 +109,9 @@ class DistillTrainer(Trainer):
         Args:
           model: the student, checked against the corpus (see ``student.build_student``).
           args: see ``training_arguments``.
-          teacher: an open teacher of a cache.
+          teacher: an open teacher of a cache, or several (``storage.several.Teachers``).
           objective: the loss.
+          mixture_weights: of several teachers; by default equal ones.
           layout: how rows become lines; by default what the model's attention needs.
           head_mode: how the head is fused with the loss, see ``fused_loss``.
           train_rows: corpus rows to train on, ascending; by default all that are not held out.
@@ -125,6 +138,7 @@ class DistillTrainer(Trainer):
         self.live = live
         self.objective = objective
         self.layout: Layout = layout or default_layout(model)
+        self.mixture_weights = mixture_weights or MixtureWeights.default(teacher)
         self.record = record or {}
         self.positions_seen = 0
         corpus = teacher.corpus
@@ -140,7 +154,7 @@ class DistillTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=partial(collate, layout=self.layout),
+            data_collator=weighted_collate(partial(collate, layout=self.layout), self.mixture_weights),
             eval_dataset=self.held_out,
             **kwargs,
         )
@@ -193,7 +207,9 @@ class DistillTrainer(Trainer):
             rows=self.train_rows,
             optional=self.objective.optional,
             targets=self.live is None and bool(self.objective.losses),
-            collate=partial(collate_block, layout=self.layout),
+            collate=weighted_collate(
+                partial(collate_block, layout=self.layout), self.mixture_weights if self.objective.losses else None
+            ),
             ends="drop" if self.args.dataloader_drop_last else "even",
             num_workers=self._workers,
             persistent_workers=self._workers > 0,
@@ -343,7 +359,7 @@ class DistillTrainer(Trainer):
 
         Returns:
           PREFIX_cross_entropy, PREFIX_kl, PREFIX_top1_agreement, PREFIX_teacher_cross_entropy,
-          PREFIX_positions and PREFIX_positions_seen.
+          PREFIX_positions and PREFIX_positions_seen; of several teachers also those of ``mixture_metrics``.
         """
         dataset = self.held_out if eval_dataset is None else eval_dataset
         if not isinstance(dataset, CacheRows):
@@ -362,7 +378,7 @@ class DistillTrainer(Trainer):
         model: Any = self.model
         was_training: bool = model.training
         model.eval()
-        sums = HeldOutSums.empty()
+        sums = HeldOutSums.empty(held_out_names(self.teacher))
         world, rank, size = self.args.world_size, self.args.process_index, self.args.per_device_eval_batch_size
         # Every process makes the same number of forwards (FSDP needs it); rows beyond the end repeat and do not count.
         steps = range(0, -(-len(dataset) // world), size)
@@ -381,24 +397,27 @@ class DistillTrainer(Trainer):
             # float32 would lose positions; MPS and some backends have no float64, NCCL and gloo do.
             packed = torch.cat([sums.sums, torch.tensor([sums.num_positions], dtype=torch.float64)])
             packed = self.accelerator.gather(packed[None].to(self.args.device)).sum(0).cpu()
-            sums = HeldOutSums(packed[:-1], int(packed[-1]))
+            sums = HeldOutSums(packed[:-1], int(packed[-1]), held_out_names(self.teacher))
         return sums.means()
 
     def _metrics(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """[T, 4] the metrics of a batch's positions."""
-        teacher = self._teacher_terms(batch)
+        """[T, metrics] of a batch's positions."""
+        teacher, each = self._teacher_terms(batch), terms_of_each(batch, self.teacher.vocab_size)
         if self._seat is None:
-            return metrics_of_logits(self.target_logits(model, batch), teacher)
-        (values_T4,) = self._seat.run(
-            model, batch, lambda hidden_TD: (metrics_of_hidden(hidden_TD, self._current_head(), teacher),)
+            return metrics_of_mixture(partial(of_logits, self.target_logits(model, batch)), teacher, each)
+        (values,) = self._seat.run(
+            model,
+            batch,
+            lambda hidden: (metrics_of_mixture(partial(of_hidden, hidden, self._current_head()), teacher, each),),
         )
-        return values_T4
+        return values
 
     @property
     def kl_is(self) -> str:
         """What the held-out KL is: exact, unbiased or a lower bound."""
         t = self.teacher
-        return kl_kind(top_k=t.top_k, vocab_size=t.vocab_size, num_samples=t.num_samples)
+        mixed = isinstance(t, Teachers)
+        return kl_kind(top_k=t.top_k, vocab_size=t.vocab_size, num_samples=0 if mixed else t.num_samples)
 
     # ---- saving ----
 

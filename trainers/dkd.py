@@ -63,13 +63,13 @@ def without_target(teacher: TeacherTerms, student: StudentTerms) -> tuple[Teache
     """
     log_not_q_T = torch.where(student.log_not_target > -torch.inf, student.log_not_target, 0.0)
 
-    beyond_T = ~teacher.is_target.any(-1)
-    num_rest_T = teacher.vocab_size - teacher.top_k - beyond_T.long()
-    some_T = (num_rest_T > 0) & (teacher.log_tail > -torch.inf)
-    unknown_T = some_T & beyond_T & (teacher.log_target >= teacher.log_tail)
+    log_beyond_T = teacher.log_target_beyond
+    beyond_T = ~teacher.is_target.any(-1) if teacher.mixed is None else log_beyond_T > -torch.inf
+    some_T = (teacher.num_beyond - beyond_T.long() > 0) & (teacher.log_tail > -torch.inf)
+    unknown_T = some_T & beyond_T & (log_beyond_T >= teacher.log_tail)
     some_T = some_T & ~unknown_T
     # x = log(p_y / alpha) <= 0; 1 - p_y / alpha = -expm1(x). Where y is in the top-K the share of y is 0.
-    x_T = torch.where(some_T & beyond_T, teacher.log_target - teacher.log_tail, -torch.inf)
+    x_T = torch.where(some_T & beyond_T, log_beyond_T - teacher.log_tail, -torch.inf)
     log_share_T = torch.where(some_T, (-torch.expm1(x_T)).log(), 0.0)
     known_T = torch.where(x_T > -torch.inf, x_T.exp() * torch.where(x_T > -torch.inf, x_T, 0.0), 0.0)
     entropy_T = (teacher.tail_entropy + known_T) / log_share_T.exp() + log_share_T

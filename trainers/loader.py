@@ -36,12 +36,13 @@ from torch.utils.data import DataLoader
 from tailcache.storage.blocks import Cut, TargetRows, walk
 from tailcache.storage.codec import OPTIONAL
 from tailcache.storage.errors import ConfigError, MismatchError
+from tailcache.storage.several import named_arrays
 from tailcache.storage.shares import Ends, Stage
 from tailcache.trainers.ahead import ahead, on_device
 from tailcache.trainers.block_sources import READ_THREADS, REMOTE_READ_THREADS, NeededBlocks, Share, Threads, Workers
 
 if TYPE_CHECKING:
-    from tailcache.storage.reader import Teacher
+    from tailcache.storage.several import AnyTeacher
 
 __all__ = ["CacheLoader", "as_tensors", "loader_block_rows"]
 
@@ -53,7 +54,7 @@ _MAKING_THREADS = 2
 _BATCHES_AHEAD = 3
 
 
-def loader_block_rows(teacher: Teacher) -> int:
+def loader_block_rows(teacher: AnyTeacher) -> int:
     """Rows read together. It depends on the corpus alone, so that every teacher gives one order of rows."""
     return max(1, round(BLOCK_POSITIONS * teacher.corpus.num_rows / max(1, teacher.corpus.num_targets)))
 
@@ -64,11 +65,12 @@ def as_tensors(rows: TargetRows) -> dict[str, torch.Tensor]:
     Returns:
       row_indices [R] (-1 for a row that stands in for none and has no targets), offsets [R + 1] into the tokens and
       target_offsets [R + 1] into the targets; tokens, document_start and supervised [N]; and the fields of ``Targets``,
-      [T, ...], the optional ones where they were read.
+      [T, ...], the optional ones where they were read; of several teachers, those of the i-th as ``i/NAME``.
     """
-    arrays = {**vars(rows.rows), **vars(rows.targets), "target_offsets": rows.target_offsets}
-    absent = {name for name in OPTIONAL if arrays[name].shape[1] == 0}
-    absent |= {"held_out"} | ({"hidden_scale"} if "hidden" in absent else set())
+    targets = named_arrays(rows.targets)
+    arrays = {**vars(rows.rows), **targets, "target_offsets": rows.target_offsets}
+    absent = {name for name in targets if name.rpartition("/")[2] in OPTIONAL and targets[name].shape[1] == 0}
+    absent |= {f"{name}_scale" for name in absent if name.endswith("hidden")} | {"held_out"}
     return {name: torch.from_numpy(values) for name, values in arrays.items() if name not in absent}
 
 
@@ -83,7 +85,7 @@ class CacheLoader(DataLoader[Any]):
 
     def __init__(
         self,
-        teacher: Teacher,
+        teacher: AnyTeacher,
         *,
         batch_rows: int,
         seed: int = 0,
@@ -107,7 +109,7 @@ class CacheLoader(DataLoader[Any]):
         """Nothing is read yet.
 
         Args:
-          teacher: an open teacher of a cache.
+          teacher: an open teacher of a cache, or several (``storage.several.Teachers``).
           batch_rows: rows of a batch.
           seed: decides the order, with the epoch.
           rank: which process this is; by default as ``torch.distributed`` says, else the only one.

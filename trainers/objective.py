@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from tailcache.storage.errors import ConfigError, StudentError
+from tailcache.storage.several import Teachers
 from tailcache.trainers.linear_head import LinearHead
-from tailcache.trainers.live import LOGPROBS
 from tailcache.trainers.loss_config import LossConfig
+from tailcache.trainers.own_rows import OwnRows, own_log_p
 from tailcache.trainers.parts import Part, clm, is_linear, needs_rows, part_of
 from tailcache.trainers.prepared import Aids, Prepared
 from tailcache.trainers.soundness import Stored, check_sound, default_tail
@@ -28,7 +29,8 @@ from tailcache.trainers.tad import check_split
 from tailcache.trainers.terms import TeacherTerms
 
 if TYPE_CHECKING:
-    from tailcache.storage.reader import Teacher
+    from tailcache.storage.reader import StoredHead
+    from tailcache.storage.several import AnyTeacher
     from tailcache.trainers.batches import Batch
     from tailcache.trainers.config import TrainConfig
 
@@ -55,7 +57,7 @@ class Objective:
 
     @classmethod
     def of(
-        cls, clm_weight: float, losses: Sequence[LossConfig], teacher: Teacher, *, live: Stored | None = None
+        cls, clm_weight: float, losses: Sequence[LossConfig], teacher: AnyTeacher, *, live: Stored | None = None
     ) -> Objective:
         """The objective that the settings describe, for this teacher.
 
@@ -83,10 +85,16 @@ class Objective:
             if each.name == "tad":
                 for progress in (0.0, 1.0):
                     check_split(each.split.whole_at(progress), stored.top_k)
+        tails = {each.tail for each in filled}
+        if stored.num_teachers > 1 and stored.has_tail and tails >= {"exact", "sampled"}:
+            raise ConfigError(
+                "losses: with several teachers and the tail 'exact' of one loss, the draws of the teachers are not "
+                "used; choose the tail 'exact' for the others too, which costs nothing more"
+            )
         return cls(clm_weight=clm_weight, losses=filled, stored=stored)
 
     @classmethod
-    def from_config(cls, config: TrainConfig, teacher: Teacher, *, live: Stored | None = None) -> Objective:
+    def from_config(cls, config: TrainConfig, teacher: AnyTeacher, *, live: Stored | None = None) -> Objective:
         """The objective of a run; see ``of``."""
         return cls.of(config.clm_weight, config.divergences, teacher, live=live)
 
@@ -146,20 +154,22 @@ class Objective:
                 f"compared; found that {head}"
             )
 
-    def needs_projection(self, head: LinearHead | str, teacher: Teacher) -> bool:
+    def needs_projection(self, head: LinearHead | str, teacher: AnyTeacher) -> bool:
         """Whether hidden states are compared and the student's are of another width than the teacher's."""
         return self.has_cosine and not isinstance(head, str) and head.weight.shape[1] != teacher.hidden_width
 
-    def aids(self, teacher: Teacher, device: torch.device) -> Aids:
+    def aids(self, teacher: AnyTeacher, device: torch.device) -> Aids:
         """What it needs of a teacher beside its targets; read once."""
         tails = {_effective(each, self.stored) for each in self.losses}
         fills = {}
-        if "prior" in tails:
+        if "prior" in tails and not isinstance(teacher, Teachers):
             fills["prior"] = torch.from_numpy(np.asarray(teacher.mean_tail, dtype=np.float32)).to(device)
         if "uniform" in tails:
             fills["uniform"] = torch.ones(teacher.vocab_size, device=device)
-        stored = self.needs_whole and not self.stored.is_live
-        return Aids(fills=fills, head=stored_head(teacher.head(), device) if stored else None)
+        heads: tuple[StoredHead, ...] = ()
+        if self.needs_whole and not self.stored.is_live:
+            heads = teacher.heads() if isinstance(teacher, Teachers) else (teacher.head(),)
+        return Aids(fills=fills, heads=tuple(stored_head(each, device) for each in heads))
 
     # ---- what it is called ----
 
@@ -201,6 +211,9 @@ class Objective:
           aids: from ``aids``.
           seed: of RS-KD's draws.
         """
+        own = own_log_p(batch, aids.heads)
+        if isinstance(own, OwnRows) and self.stored.num_teachers > 1:
+            teacher = own.terms(self.stored.top_k, teacher.next_tokens)
         parts: list[Part] = [clm]
         for each in self.losses:
             if each.name != COSINE:
@@ -215,22 +228,29 @@ class Objective:
                         seed=seed,
                     )
                 )
-        hidden = hidden_states(batch["teacher"]) if "hidden" in self.optional else None
         return Prepared(
             parts=tuple(parts),
             teacher=teacher,
             aids=aids,
+            own=own,
             mean_fills=self.mean_fills,
             temperatures=self.temperatures,
-            hidden_TD=hidden,
-            own_TV=batch["teacher"].get(LOGPROBS),
+            hidden_TD=hidden_states(batch["teacher"]) if self.has_cosine else None,
             num_dense=self.num_dense,
             has_cosine=self.has_cosine,
         )
 
 
-def stored_by(teacher: Teacher, *, mean_tail: bool) -> Stored:
+def stored_by(teacher: AnyTeacher, *, mean_tail: bool) -> Stored:
     """What a teacher's cache holds; the mean tail is read only if it is asked for."""
+    if isinstance(teacher, Teachers):
+        return Stored(
+            top_k=teacher.top_k,
+            vocab_size=teacher.vocab_size,
+            num_samples=teacher.num_samples,
+            hidden_kind=teacher.hidden_kind,
+            num_teachers=len(teacher.teachers),
+        )
     return Stored(
         top_k=teacher.top_k,
         vocab_size=teacher.vocab_size,

@@ -23,6 +23,7 @@ from tailcache.trainers.atkd import atkd, group_weights
 from tailcache.trainers.atoms import bucket_atoms, filled_atoms, head_atoms, split_target
 from tailcache.trainers.dkd import dkd, non_target_class_kl, target_atoms, without_target
 from tailcache.trainers.loss_config import LossConfig
+from tailcache.trainers.mixture import on_common
 from tailcache.trainers.rs_kd import Draws, draw, rs_kd
 from tailcache.trainers.tad import log_adaptive_beta, log_teacher_tail, weighted_tad
 from tailcache.trainers.tails import tail_choice
@@ -103,6 +104,23 @@ def part_of(
       progress: of training, in [0, 1]; for the schedules.
       seed: of RS-KD's draws, another one at every step.
     """
+    part = _part_of(loss, tail, teacher, segments_T=segments_T, rows_T=rows_T, progress=progress, seed=seed)
+    if tail != "bucket" or teacher.mixed is None:
+        return part
+    # Of a mixture, the atoms whose masses are exact on both sides.
+    return lambda rows, t, s, whole: part(rows, *on_common(t, s), whole)
+
+
+def _part_of(
+    loss: LossConfig,
+    tail: str | None,
+    teacher: TeacherTerms,
+    *,
+    segments_T: Tensor,
+    rows_T: Tensor,
+    progress: float,
+    seed: tuple[int, ...],
+) -> Part:
     if loss.name == "rs_kd":
         draws = _draw_by_row(teacher, loss, rows_T, seed)
         return lambda rows, t, s, whole: rs_kd(t, s, draws.rows(rows))

@@ -8,6 +8,7 @@ Legend: T target positions, c of them at a time, V vocabulary, W width of a head
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,6 @@ from tailcache.trainers.hidden_cosine import hidden_cosine
 from tailcache.trainers.linear_head import LinearHead
 from tailcache.trainers.parts import Part, Rows
 from tailcache.trainers.projection import project
-from tailcache.trainers.stored_head import teacher_logits
 from tailcache.trainers.terms import StudentTerms, TeacherTerms, student_terms
 
 __all__ = ["Aids", "Prepared"]
@@ -30,11 +30,11 @@ class Aids:
 
     Attributes:
       fills: [V] float32 weights by tail choice, "prior" and "uniform", those that are needed.
-      head: the teacher's head, where its own tail is needed.
+      heads: the teacher's head, where its own tail is needed; of a mixture, one for each teacher.
     """
 
     fills: dict[str, Tensor]
-    head: LinearHead | None = None
+    heads: tuple[LinearHead, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +45,10 @@ class Prepared:
       parts: one function each.
       teacher: the targets of all T positions.
       aids: fills and the teacher's head.
+      own: the teacher's own [c, V] log-probs at some positions, where they are needed.
       mean_fills: the fills under which means of the student's log q are needed.
       temperatures: the further ones at which the student's terms are needed.
-      hidden_TD: the teacher's hidden states, where they are needed.
-      own_TV: the teacher's log-probs, float32, where it runs beside the student and they are needed.
+      hidden_TD: the teacher's hidden states, where they are compared.
       num_dense: how many of the parts need whole rows of logits.
       has_cosine: whether the hidden states are compared, as one more part, the last.
     """
@@ -56,6 +56,7 @@ class Prepared:
     parts: tuple[Part, ...]
     teacher: TeacherTerms
     aids: Aids
+    own: Callable[[slice], Tensor] | None = None
     mean_fills: tuple[str, ...] = ()
     temperatures: tuple[float, ...] = ()
     hidden_TD: Tensor | None = None
@@ -71,9 +72,7 @@ class Prepared:
         """[c, P] from the student's whole rows of logits at some positions."""
         teacher = self.teacher.rows(rows)
         logits_cV = logits_cW[:, : teacher.vocab_size]
-        own_cV = None if self.own_TV is None else self.own_TV[rows]
-        if self.aids.head is not None and self.hidden_TD is not None:
-            own_cV = torch.log_softmax(teacher_logits(self.hidden_TD[rows], self.aids.head), dim=-1)
+        own_cV = None if self.own is None else self.own(rows)
         fills = {
             name: own_cV.exp() if name == "exact" and own_cV is not None else self.aids.fills[name]
             for name in self.mean_fills

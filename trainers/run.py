@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,12 @@ from tqdm import tqdm
 from tailcache.storage import durable
 from tailcache.storage.errors import ConfigError, NotFoundError
 from tailcache.storage.reader import Cache, Teacher, open_cache
+from tailcache.storage.several import AnyTeacher, Teachers
 from tailcache.storage.unfinished import Unfinished
 from tailcache.trainers.distill import DistillTrainer, training_arguments
 from tailcache.trainers.loss_config import parameters_of
+from tailcache.trainers.mixture_config import MixtureConfig
+from tailcache.trainers.mixture_weights import MixtureWeights
 from tailcache.trainers.objective import Objective
 from tailcache.trainers.records import (
     RECORD,
@@ -84,9 +88,19 @@ def _only_teacher(cache: Cache) -> str:
     return names[0]
 
 
-def _open_teacher(config: TrainConfig) -> Teacher:
-    """The teacher to train from; of a prefix, the one that all processes read and that a resumed run began with."""
+def _open_teacher(config: TrainConfig) -> AnyTeacher:
+    """The teachers to train from, or the teacher; of a prefix, what all processes read and a resumed run began with."""
     cache = open_cache(config.cache)
+    if config.teachers:
+        if config.unfinished == "prefix":
+            raise ConfigError(
+                "unfinished: expected refuse or wait with teachers, found prefix: a mixture needs every teacher's "
+                "targets of every row"
+            )
+        unfinished, minutes = config.unfinished, config.wait_minutes
+        return Teachers(
+            [choose_teacher(cache, name, unfinished=unfinished, wait_minutes=minutes) for name in config.teachers]
+        )
     choose = partial(choose_teacher, cache, config.teacher, wait_minutes=config.wait_minutes)
     begun = _record_so_far(config.out) if config.resume else {}
     if begun.get("teacher_shards"):
@@ -128,17 +142,20 @@ def train(
         torch.set_num_threads(config.threads)
     args = training_arguments(config)  # first: from then on processes know of each other
     teacher = _open_teacher(config)
+    if live is not None and isinstance(teacher, Teachers):
+        raise ConfigError("teachers: expected one teacher beside the student, found a mixture; choose one with teacher")
     beside = None if live is None else live(teacher, args.device)
     objective = Objective.from_config(config, teacher, live=None if beside is None else beside.stored)
+    weights = MixtureWeights.from_config(config, teacher) if isinstance(teacher, Teachers) else None
     record = {
         "format": "tailcache student",
         "format_version": 1,
-        "config": _resolved(config, objective),
+        "config": _with_mixture(_resolved(config, objective), weights),
         "corpus_hash": teacher.corpus.hash,
         "teacher": teacher.name,
         "teacher_hash": teacher.hash,
         "rows_per_step": config.batch_rows * config.gradient_accumulation * args.world_size,
-        **({"teacher_shards": teacher.num_shards} if teacher.is_prefix else {}),
+        **({"teacher_shards": teacher.num_shards} if isinstance(teacher, Teacher) and teacher.is_prefix else {}),
         **({} if beside is None else {"online": beside.described}),
         "versions": {name: importlib.metadata.version(name) for name in ("tailcache", "torch", "transformers")},
     }
@@ -163,6 +180,7 @@ def train(
         args,
         teacher=teacher,
         objective=objective,
+        mixture_weights=weights,
         layout=layout,
         head_mode=config.head_mode,
         held_out_rows=held_out[: config.eval_rows],
@@ -200,6 +218,14 @@ def _resolved(config: TrainConfig, objective: Objective) -> dict[str, Any]:
     return {**record, **filled, "loss": config.loss_name}
 
 
+def _with_mixture(record: dict[str, Any], weights: MixtureWeights | None) -> dict[str, Any]:
+    """The settings of a mixture as what they come to: numbers, and a file by what is in it; none for one teacher."""
+    if weights is None:
+        return {name: value for name, value in record.items() if name not in {f.name for f in fields(MixtureConfig)}}
+    constant = None if weights.hash else list(weights.constant)
+    return {**record, "teacher_weights": constant, "teacher_weights_file": weights.hash}
+
+
 def _loss_line(trainer: DistillTrainer) -> str:
     """The loss in words, e.g. `cross-entropy + TAD from teacher 'a', K' = 10 of 64, beta 2, tail sampled`."""
     objective = trainer.objective
@@ -212,7 +238,25 @@ def _loss_line(trainer: DistillTrainer) -> str:
         own = [f"{name} {getattr(each, name)}" for name in parameters_of(each.name, each.wraps) if name in _SAID]
         parts.append(", ".join([*details, *own, *([f"tail {each.tail}"] if each.tail else [])]))
     line = " + ".join(parts)
-    return f"{line}; teacher {trainer.teacher.name!r}" if objective.losses else line
+    return f"{line}; {_teacher_line(trainer)}" if objective.losses else line
+
+
+def _teacher_line(trainer: DistillTrainer) -> str:
+    """E.g. `teacher 'a'`, or `mixture of teachers 'a' (0.7), 'b' (0.3), times p(y)^1`."""
+    teacher, weights = trainer.teacher, trainer.mixture_weights
+    if not isinstance(teacher, Teachers) or weights is None:
+        return f"teacher {teacher.name!r}"
+    shares = [
+        f"{each.name!r}" if weights.values is not None else f"{each.name!r} ({share / sum(weights.constant):.3g})"
+        for each, share in zip(teacher.teachers, weights.constant, strict=True)
+    ]
+    by = f", weights by {weights.by.rstrip('s')}" if weights.values is not None else ""
+    surer = {
+        "none": "",
+        "target": f", times p(y)^{weights.sharpness:g}",
+        "entropy": f", times exp(-{weights.sharpness:g} entropy)",
+    }
+    return f"mixture of teachers {', '.join(shares)}{by}{surer[weights.confidence]}"
 
 
 _SAID = (
@@ -284,8 +328,8 @@ def _introduction(config: TrainConfig, trainer: DistillTrainer, student: Student
     return lines
 
 
-def _prefix_note(teacher: Teacher) -> list[str]:
-    if not teacher.is_prefix:
+def _prefix_note(teacher: AnyTeacher) -> list[str]:
+    if isinstance(teacher, Teachers) or not teacher.is_prefix:
         return []
     return [
         f"note: the first {teacher.num_shards} of {teacher.layout.num_shards} shards of the teacher, "

@@ -46,6 +46,7 @@ class Stored:
       temperatures: those at which log Z of the tail is stored.
       hidden_kind: "none", "bf16" or "int8"; "live" where the teacher runs beside the student (``live``).
       mean_tail_support: how many ids the teacher's mean tail gives mass; 0 if there is none.
+      num_teachers: how many teachers are mixed; the others are then what all of them have.
     """
 
     top_k: int
@@ -54,6 +55,7 @@ class Stored:
     temperatures: tuple[float, ...] = ()
     hidden_kind: str = "none"
     mean_tail_support: int = 0
+    num_teachers: int = 1
 
     @property
     def is_live(self) -> bool:
@@ -113,6 +115,8 @@ def check_sound(
     if loss == "atkd" and wraps not in (None, "dkd"):
         _check_wrapped(wraps or "")
         loss, tails = wraps or "", _tails_of(wraps or "")
+    if stored.num_teachers > 1:
+        _check_mixture(loss, tail, temperature, stored)
     if not (temperature > 0 and temperature < float("inf")):
         raise ConfigError(f"temperature: expected a finite number > 0, found {temperature}")
     if temperature != 1.0 and loss != "kd":
@@ -180,6 +184,29 @@ def _check_hidden(what: str, stored: Stored) -> None:
         raise ConfigError(
             f"{what}: expected the teacher's hidden states in the cache, found none; capture the teacher again with "
             "--hidden bf16 (or int8)"
+        )
+
+
+def _check_mixture(loss: str, tail: str | None, temperature: float, stored: Stored) -> None:
+    what = f"a mixture of {stored.num_teachers} teachers"
+    if loss == "hidden_cosine":
+        raise ConfigError(f"loss {loss!r}: {what} has no hidden states; train from one teacher, or drop this loss")
+    if not stored.has_tail:
+        return
+    if loss == "rs_kd":
+        raise ConfigError(
+            f"loss {loss!r}: expected one teacher, found {what}, whose atoms beyond the common ids are not known "
+            "one by one; take 'kd', which has the same expectation and less noise"
+        )
+    if tail in ("drop", "renormalise", "prior", "uniform"):
+        raise ConfigError(
+            f"tail {tail!r}: expected sampled, bucket or exact for {what}, whose heads differ: what one teacher did "
+            "not store another may have, and a tail that is made up or left out would be wrong about ids that are known"
+        )
+    if temperature != 1.0 and tail != "exact":
+        raise ConfigError(
+            f"temperature: expected 1, or the tail 'exact', for {what}, found {temperature:g}: p^(1/tau) of a mixture "
+            "does not follow from those of its teachers"
         )
 
 

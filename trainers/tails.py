@@ -81,7 +81,8 @@ def sampled(teacher: TeacherTerms, student: StudentTerms) -> Tensor:
     """The stored draws s_j stand for the tail: R = log alpha - H(p~) - (1/m) sum_j log q(s_j).
 
     KL is linear in p~, and each id is drawn m p~ times on average, so value and gradient are unbiased; sum p~ log p =
-    log alpha - H(p~) is exact. Repeated draws count as often as they occur.
+    log alpha - H(p~) is exact. Repeated draws count as often as they occur. Of a mixture of teachers, each draw counts
+    with its teacher's share of the tail.
 
     Args:
       teacher: targets with m >= 1 tail samples (or K == V, where none are needed); log space.
@@ -102,7 +103,11 @@ def sampled(teacher: TeacherTerms, student: StudentTerms) -> Tensor:
             "tail 'sampled': expected at least one stored tail sample per position, found m = 0; "
             "choose another tail ('bucket'), or capture the teacher again with tail samples"
         )
-    return log_mean_tail(teacher) - student.sample_logprobs.mean(-1)
+    if teacher.mixed is None:
+        return log_mean_tail(teacher) - student.sample_logprobs.mean(-1)
+    shares_Tm = teacher.mixed.sample_shares
+    some_Tm = shares_Tm > 0
+    return log_mean_tail(teacher) - (shares_Tm * torch.where(some_Tm, student.sample_logprobs, 0.0)).sum(-1)
 
 
 def prior(teacher: TeacherTerms, student: StudentTerms) -> Tensor:

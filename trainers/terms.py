@@ -32,6 +32,7 @@ from tailcache.storage.errors import MismatchError
 
 __all__ = [
     "HeadTerms",
+    "Mixed",
     "StudentTerms",
     "TeacherTerms",
     "Tempered",
@@ -43,7 +44,31 @@ __all__ = [
 ]
 
 Rows = slice | Tensor
-Terms = TypeVar("Terms", "TeacherTerms", "Tempered", "StudentTerms")
+Terms = TypeVar("Terms", "TeacherTerms", "Mixed", "Tempered", "StudentTerms")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixed:
+    """What the targets of a mixture of teachers have beyond those of one; see ``mixture``.
+
+    Attributes:
+      num_common: how many of the K columns, the first, are for ids that every teacher stored; their log-probs are
+        exact. Those of the other columns are the part of p that is known: its rest is in the tail.
+      absent: [T, K] bool; columns that hold no id. Their log-prob is -inf, their id is one of another column.
+      sample_shares: [T, m] what each draw stands for of the tail; sums to 1 where there is one.
+      log_target_beyond: [T] log of the part of p(y) that is in the tail.
+      gap: [T] how far the tail's sum of p log p may lie above what ``tail_entropy`` makes of it, nats.
+    """
+
+    num_common: int
+    absent: Tensor
+    sample_shares: Tensor
+    log_target_beyond: Tensor
+    gap: Tensor
+
+    def rows(self, rows: Rows) -> Mixed:
+        """The same of some of the positions."""
+        return _rows(self, rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +87,8 @@ class TeacherTerms:
       next_tokens: [T] int64, y itself.
       temperatures: the n temperatures that ``log_z_tail`` is about.
       log_z_tail: [T, n] log of the sum of p^(1 / temperature) over the ids off the top-K; None if not stored.
+      mixed: what is different where these are the targets of a mixture; None for one teacher, and where every id of
+        every teacher is stored.
     """
 
     vocab_size: int
@@ -75,6 +102,7 @@ class TeacherTerms:
     next_tokens: Tensor
     temperatures: tuple[float, ...] = ()
     log_z_tail: Tensor | None = None
+    mixed: Mixed | None = None
 
     def __len__(self) -> int:
         return self.token_ids.shape[0]
@@ -92,12 +120,36 @@ class TeacherTerms:
     @property
     def has_tail(self) -> bool:
         """Whether any id lies beyond the stored K."""
-        return self.top_k < self.vocab_size
+        return self.mixed is not None or self.top_k < self.vocab_size
 
     @property
     def is_target(self) -> Tensor:
         """[T, K] bool: which of the top-K ids is the true next token."""
-        return self.token_ids == self.next_tokens[:, None]
+        is_target = self.token_ids == self.next_tokens[:, None]
+        return is_target if self.mixed is None else is_target & ~self.mixed.absent
+
+    @property
+    def best_column(self) -> Tensor:
+        """[T] int64: the column of the most likely id; of a mixture, of those whose known part is the largest."""
+        if self.mixed is None:
+            return torch.zeros_like(self.next_tokens)
+        return self.logprobs.argmax(-1)
+
+    @property
+    def num_beyond(self) -> int | Tensor:
+        """How many ids the tail is spread over at most: those off the top-K, and any whose rest is in the tail."""
+        if self.mixed is None:
+            return self.vocab_size - self.top_k
+        if self.mixed.num_common < self.top_k:
+            return self.vocab_size
+        return self.vocab_size - (~self.mixed.absent).sum(-1)
+
+    @property
+    def log_target_beyond(self) -> Tensor:
+        """[T] log of the part of p(y) that is in the tail: all of it where y is off the top-K, else nothing."""
+        if self.mixed is not None:
+            return self.mixed.log_target_beyond
+        return torch.where(self.is_target.any(-1), -torch.inf, self.log_target)
 
     def rows(self, rows: Rows) -> TeacherTerms:
         """The terms of some of the positions."""
@@ -157,7 +209,7 @@ def _rows(terms: Terms, rows: Rows) -> Terms:
     def part(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value[rows]
-        if isinstance(value, Tempered):
+        if isinstance(value, Tempered | Mixed):
             return value.rows(rows)
         return {name: part(each) for name, each in value.items()} if isinstance(value, Mapping) else value
 
@@ -256,6 +308,8 @@ def terms_from_head(
     largest_T = torch.maximum(head.gathered.detach().amax(-1), head.largest_rest)
     shifted = head.gathered - largest_T[:, None]
     head_TK, sample_Tm, target_T1 = torch.split(shifted, [num_kept, teacher.num_samples, 1], dim=-1)
+    if teacher.mixed is not None:
+        head_TK = head_TK.masked_fill(teacher.mixed.absent, -torch.inf)
     target_T = target_T1[:, 0]
     rest_T = head.log_sum_rest[:, 0] + (head.largest_rest - largest_T)
     in_head_T = teacher.is_target.any(-1)
