@@ -19,9 +19,22 @@ from tailcache.storage.blocks import Stored
 from tailcache.storage.errors import ConfigError, MismatchError
 from tailcache.storage.fields import Targets
 from tailcache.storage.hidden import StoredHead
-from tailcache.storage.reader import Teacher, open_cache
+from tailcache.storage.reader import Cache, Teacher, open_cache
 
-__all__ = ["AnyTeacher", "Opening", "SeveralTargets", "Teachers", "field_name", "fields_of", "named_arrays"]
+__all__ = [
+    "BETWEEN",
+    "AnyTeacher",
+    "Opening",
+    "SeveralTargets",
+    "Teachers",
+    "field_name",
+    "fields_of",
+    "named_arrays",
+    "open_named",
+]
+
+BETWEEN = " + "
+"""What stands between the names of teachers that are read together; no name can hold it."""
 
 Value = TypeVar("Value")
 
@@ -108,13 +121,13 @@ class Teachers:
                     f"and {each.name!r} of {each.corpus.hash}; capture both over the same corpus"
                 )
         first = self.teachers[0]
-        self.name, self.corpus, self.place = " + ".join(names), first.corpus, first.place
+        self.name, self.corpus, self.place = BETWEEN.join(names), first.corpus, first.place
         self.num_rows, self.num_targets, self.vocab_size = first.num_rows, first.num_targets, first.vocab_size
         self.top_k = min(each.top_k for each in self.teachers)
         with_tail = [each.num_samples for each in self.teachers if each.top_k < each.vocab_size]
         self.num_samples = min(with_tail, default=0)
         kinds = [each.hidden_kind for each in self.teachers]
-        self.hidden_kind = "none" if "none" in kinds else " + ".join(kinds)
+        self.hidden_kind = "none" if "none" in kinds else BETWEEN.join(kinds)
 
     @cached_property
     def hash(self) -> str:
@@ -154,6 +167,23 @@ class Teachers:
 
 
 AnyTeacher = Teacher | Teachers
+
+
+def open_named(cache: Cache, name: str, *, num_shards: int | None = None) -> AnyTeacher:
+    """The teacher, or the teachers, that a run recorded by the name that they have.
+
+    Args:
+      cache: where they are.
+      name: of ``Teacher`` or ``Teachers``.
+      num_shards: of a single teacher that was read as a prefix.
+
+    Raises:
+      NotFoundError, IncompleteError: as for ``Cache.teacher``.
+    """
+    names = name.split(BETWEEN)
+    if len(names) == 1:
+        return cache.teacher(name, unfinished="prefix", num_shards=num_shards)
+    return Teachers([cache.teacher(each) for each in names])
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from tailcache.storage import durable
 from tailcache.storage.errors import ConfigError, IncompleteError, MismatchError
 from tailcache.storage.place import open_place
 from tailcache.storage.reader import Cache, open_cache
+from tailcache.storage.several import BETWEEN, open_named
 from tailcache.trainers.config import TrainConfig
 from tailcache.trainers.records import FREE_SETTINGS, resolved
 from tailcache.trainers.sweep_results import ERROR, LOG, RunResult, read_result, read_settings
@@ -164,10 +165,10 @@ def _changes(config: TrainConfig, record: Mapping[str, Any], cache: Cache) -> It
     if record.get("corpus_hash") != cache.corpus.hash:
         yield f"its corpus was {record.get('corpus_hash')}, and {cache.place} has {cache.corpus.hash}"
     elif isinstance(name := record.get("teacher"), str):
-        if name not in cache.teacher_names:
-            yield f"its teacher {name} is not in {cache.place}"
+        if missing := [each for each in name.split(BETWEEN) if each not in cache.teacher_names]:
+            yield f"its teacher {missing[0]} is not in {cache.place}"
         else:
-            found = cache.teacher(name, unfinished="prefix", num_shards=record.get("teacher_shards")).hash
+            found = open_named(cache, name, num_shards=record.get("teacher_shards")).hash
             if found != record.get("teacher_hash"):
                 yield f"its teacher {name} was {record.get('teacher_hash')}, and {cache.place} has {found}"
     was, now = read_settings(config.out), resolved(config)
