@@ -397,7 +397,7 @@ def _hidden() -> tuple[list[LinearHead], dict[str, Tensor], Tensor, Tensor]:
 def test_own_rows_of_several_teachers_are_their_mixture_and_its_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     heads, fields, log_w, log_p = _hidden()
     own = OwnRows.of({"teacher": fields, "log_weights": log_w}, heads)
-    assert_close(own.log_p(slice(0, T)).double(), log_p, FLOAT32)
+    assert_close(own(slice(0, T)).double(), log_p, FLOAT32)
     next_tokens = torch.arange(T) % V
     monkeypatch.setattr("tailcache.trainers.own_rows.piece_height", lambda *_: 5)
     for top_k in (4, V):

@@ -39,22 +39,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from tailcache.storage.errors import ConfigError
-from tailcache.storage.several import Teachers
-from tailcache.trainers.batches import (
-    CacheRows,
-    Layout,
-    block_rows_of,
-    collate,
-    collate_block,
-    teacher_terms,
-    terms_of_each,
-)
+from tailcache.trainers.batches import CacheRows, Layout, block_rows_of, collate, collate_block, teacher_terms
 from tailcache.trainers.forward import HeadSeat, check_documents_kept_apart, default_layout, target_logits
 from tailcache.trainers.fused_loss import Mode
 from tailcache.trainers.linear_head import LinearHead
 from tailcache.trainers.loader import CacheLoader
-from tailcache.trainers.metrics import HeldOutSums, kl_kind, of_hidden, of_logits
-from tailcache.trainers.mixture_metrics import held_out_names, metrics_of_mixture
+from tailcache.trainers.metrics import HeldOutSums, of_hidden, of_logits
+from tailcache.trainers.mixture_metrics import held_out_kl_is, held_out_names, metrics_of_batch
 from tailcache.trainers.mixture_weights import MixtureWeights, weighted_collate
 from tailcache.trainers.objective import Objective
 from tailcache.trainers.progress import Reporter, quiet_progress
@@ -154,7 +145,7 @@ class DistillTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=weighted_collate(partial(collate, layout=self.layout), self.mixture_weights),
+            data_collator=weighted_collate(collate, self.layout, self.mixture_weights),
             eval_dataset=self.held_out,
             **kwargs,
         )
@@ -207,9 +198,7 @@ class DistillTrainer(Trainer):
             rows=self.train_rows,
             optional=self.objective.optional,
             targets=self.live is None and bool(self.objective.losses),
-            collate=weighted_collate(
-                partial(collate_block, layout=self.layout), self.mixture_weights if self.objective.losses else None
-            ),
+            collate=weighted_collate(collate_block, self.layout, self.mixture_weights),
             ends="drop" if self.args.dataloader_drop_last else "even",
             num_workers=self._workers,
             persistent_workers=self._workers > 0,
@@ -402,22 +391,18 @@ class DistillTrainer(Trainer):
 
     def _metrics(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """[T, metrics] of a batch's positions."""
-        teacher, each = self._teacher_terms(batch), terms_of_each(batch, self.teacher.vocab_size)
+        teacher = self._teacher_terms(batch)
         if self._seat is None:
-            return metrics_of_mixture(partial(of_logits, self.target_logits(model, batch)), teacher, each)
+            return metrics_of_batch(partial(of_logits, self.target_logits(model, batch)), teacher, batch)
         (values,) = self._seat.run(
-            model,
-            batch,
-            lambda hidden: (metrics_of_mixture(partial(of_hidden, hidden, self._current_head()), teacher, each),),
+            model, batch, lambda h: (metrics_of_batch(partial(of_hidden, h, self._current_head()), teacher, batch),)
         )
         return values
 
     @property
     def kl_is(self) -> str:
         """What the held-out KL is: exact, unbiased or a lower bound."""
-        t = self.teacher
-        mixed = isinstance(t, Teachers)
-        return kl_kind(top_k=t.top_k, vocab_size=t.vocab_size, num_samples=0 if mixed else t.num_samples)
+        return held_out_kl_is(self.teacher)
 
     # ---- saving ----
 

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from tailcache.storage.several import Teachers
-from tailcache.trainers.metrics import METRICS, held_out_kl, position_metrics
+from tailcache.trainers.batches import Batch, terms_of_each
+from tailcache.trainers.metrics import METRICS, held_out_kl, kl_kind, position_metrics
 from tailcache.trainers.terms import StudentTerms, TeacherTerms
 
 if TYPE_CHECKING:
     from tailcache.storage.several import AnyTeacher
 
-__all__ = ["held_out_names", "metrics_of_mixture"]
+__all__ = ["held_out_kl_is", "held_out_names", "metrics_of_batch", "metrics_of_mixture"]
 
 Reduce = Callable[[TeacherTerms], tuple[StudentTerms, Tensor]]
 
@@ -36,6 +37,17 @@ def held_out_names(teacher: AnyTeacher) -> tuple[str, ...]:
         return METRICS
     bounded = teacher.num_samples > 0 or all(each.top_k == each.vocab_size for each in teacher.teachers)
     return (*METRICS, *(["kl_upper"] if bounded else []), *(f"kl_{each.name}" for each in teacher.teachers))
+
+
+def held_out_kl_is(teacher: AnyTeacher) -> str:
+    """What ``kl`` is: see ``metrics.kl_kind``; of several teachers at best a lower bound, unless it is exact."""
+    num_samples = 0 if isinstance(teacher, Teachers) else teacher.num_samples
+    return kl_kind(top_k=teacher.top_k, vocab_size=teacher.vocab_size, num_samples=num_samples)
+
+
+def metrics_of_batch(reduce: Reduce, teacher: TeacherTerms, batch: Batch) -> Tensor:
+    """``metrics_of_mixture`` for a batch of one teacher or several, whose targets or mixture are ``teacher``."""
+    return metrics_of_mixture(reduce, teacher, terms_of_each(batch, teacher.vocab_size))
 
 
 @torch.no_grad()

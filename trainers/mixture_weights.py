@@ -22,6 +22,7 @@ import hashlib
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,8 +33,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tailcache.storage.errors import ConfigError, NotFoundError
-from tailcache.storage.several import Teachers
-from tailcache.trainers.batches import Batch, terms_of_each
+from tailcache.storage.several import Teachers, field_name
+from tailcache.trainers.batches import Batch, Layout, terms_of_each
 from tailcache.trainers.mixture_config import Confidence, MixtureConfig
 from tailcache.trainers.terms import TeacherTerms, weighted
 
@@ -135,8 +136,11 @@ class MixtureWeights:
         """The same batch with ``log_weights`` [T, n] float32: log w_i, -inf where a teacher takes no part.
 
         Args:
-          batch: of ``batches.collate`` with the targets of n teachers, whole rows.
+          batch: of ``batches.collate`` with the targets of n teachers, whole rows. One without targets, of a loader
+            that was not to read them, comes back as it is.
         """
+        if field_name(len(self.constant) - 1, "token_ids") not in batch["teacher"]:
+            return batch
         base_Tn = torch.from_numpy(self._base(batch["rows"].numpy()))
         log_w_Tn = base_Tn.log()
         if self.confidence != "none":
@@ -168,9 +172,12 @@ class MixtureWeights:
         return self._offsets[rows_T] + within_T
 
 
-def weighted_collate(collate: Callable[[Any], Batch], weights: MixtureWeights | None) -> Callable[[Any], Batch]:
-    """What makes a batch, and then the weights of several teachers; of one, the same."""
-    return collate if weights is None else lambda rows: weights(collate(rows))
+def weighted_collate(
+    collate: Callable[..., Batch], layout: Layout, weights: MixtureWeights | None
+) -> Callable[[Any], Batch]:
+    """What makes a batch in a layout, and then the weights of several teachers."""
+    made = partial(collate, layout=layout)
+    return made if weights is None else lambda rows: weights(made(rows))
 
 
 def entropies(teacher: TeacherTerms) -> Tensor:

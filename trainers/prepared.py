@@ -60,7 +60,6 @@ class Prepared:
     mean_fills: tuple[str, ...] = ()
     temperatures: tuple[float, ...] = ()
     hidden_TD: Tensor | None = None
-    own_TV: Tensor | None = None
     num_dense: int = 0
     has_cosine: bool = False
 

@@ -144,7 +144,7 @@ def train(
     teacher = _open_teacher(config)
     if live is not None and isinstance(teacher, Teachers):
         raise ConfigError("teachers: expected one teacher beside the student, found a mixture; choose one with teacher")
-    beside = None if live is None else live(teacher, args.device)
+    beside = live(teacher, args.device) if live is not None and isinstance(teacher, Teacher) else None
     objective = Objective.from_config(config, teacher, live=None if beside is None else beside.stored)
     weights = MixtureWeights.from_config(config, teacher) if isinstance(teacher, Teachers) else None
     record = {
