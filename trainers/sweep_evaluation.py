@@ -23,7 +23,9 @@ __all__ = ["evaluate_finished"]
 
 
 def evaluate_finished(config: TrainConfig) -> None:
-    """Write evaluation.json beside the student, unless it is there or nothing is held out.
+    """Write evaluation.json beside the student, unless it is there, nothing is held out, or it had several teachers.
+
+    An evaluation is against one teacher; what a mixture's student is like is in its curve (``mixture_metrics``).
 
     Args:
       config: the settings of a run that has finished.
@@ -31,7 +33,7 @@ def evaluate_finished(config: TrainConfig) -> None:
     Raises:
       TailcacheError: the student that was saved cannot be evaluated.
     """
-    if (config.out / EVALUATION).is_file():
+    if (config.out / EVALUATION).is_file() or config.teachers:
         return
     teacher = _teacher(config)
     rows = teacher.held_out_rows()[: config.eval_rows]
