@@ -6,7 +6,9 @@ import cmath
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -535,32 +537,44 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama, tied", "llama"])
-def test_frozen_embeddings_stay_and_the_rest_is_trained(
-    folder: Path, saved: dict[str, Any], cached: Teacher, name: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "head_mode"), [("llama, tied", "one-pass"), ("llama, tied", "recompute"), ("llama", "one-pass")]
+)
+def test_frozen_embeddings_stay_and_the_rest_is_trained_also_when_resumed_without_the_teacher(
+    folder: Path, saved: dict[str, Any], cached: Teacher, name: str, head_mode: Any, tmp_path: Path
 ) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(folder / name, teacher)
+    out = tmp_path / "out"
     config = TrainConfig(
         cache=str(cached.corpus.cache_place),
-        out=tmp_path / "out",
-        student=StudentConfig(init_from=str(folder / name), freeze_embeddings=True, num_layers=2),
+        out=out,
+        student=StudentConfig(init_from=str(teacher), freeze_embeddings=True, num_layers=2),
         learning_rate=1e-2,
-        max_steps=3,
+        schedule="constant",
+        head_mode=head_mode,
+        max_steps=2,
+        save_every=2,
         device="cpu",
+        eval_every=0,
         log_every=1,
     )
-    trainer = train(config)
+    begun = train(config)
+    assert begun is not None
+    shutil.rmtree(teacher)
+    trainer = train(replace(config, max_steps=4, resume=True))
     assert trainer is not None
     trained: Any = trainer._student
     assert torch.equal(trained.get_input_embeddings().weight, saved[name].get_input_embeddings().weight)
-    moved = torch.equal(trained.get_output_embeddings().weight, saved[name].get_output_embeddings().weight)
-    assert moved == (name == "llama, tied")
-    assert not torch.equal(
-        trained.model.layers[0].self_attn.q_proj.weight, saved[name].model.layers[0].self_attn.q_proj.weight
-    )
-    record = json.loads((tmp_path / "out" / "tailcache.json").read_text())
+    stayed = torch.equal(trained.get_output_embeddings().weight, saved[name].get_output_embeddings().weight)
+    assert stayed == (name == "llama, tied")
+    before, after = (each.model.layers[0].self_attn.q_proj.weight for each in (begun._student, trained))
+    assert not torch.equal(before, saved[name].model.layers[0].self_attn.q_proj.weight)
+    assert not torch.equal(before, after)
+    record = json.loads((out / "tailcache.json").read_text())
     notes = " ".join(record["student"]["notes"])
-    assert f"initialised from {folder / name}: embeddings of 21 ids" in notes
+    assert f"initialised from {teacher}: embeddings of 21 ids" in notes
     shared = " and the head that shares them" if name == "llama, tied" else ""
     assert f"the input embeddings{shared} are frozen: 672 parameters" in notes
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "training.jsonl").read_text().splitlines()]
+    losses = [json.loads(line)["loss"] for line in (out / "training.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0]

@@ -16,8 +16,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from tailcache.storage.errors import StudentError
-from tailcache.trainers.checkpoint import in_short, load_config
 from tailcache.trainers.presets import PRESETS
+from tailcache.trainers.pretrained import in_short, load_config
 from tailcache.trainers.truncation import kept_layers, kept_pairs
 
 if TYPE_CHECKING:

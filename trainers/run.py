@@ -170,7 +170,7 @@ def train(
         checkpoint = last_checkpoint(config.out)
     restored = check_resumable(checkpoint, record) if checkpoint is not None else None
 
-    student = build_student(config.student, teacher.corpus, seed=config.seed)
+    student = build_student(config.student, teacher.corpus, seed=config.seed, begun=checkpoint)
     record["student"] = _described(student)
     durable.make_folder(config.out)
     held_out = teacher.held_out_rows()

@@ -13,6 +13,7 @@ vocabulary are padding.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,9 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, 
 
 from tailcache.storage.errors import StudentError
 from tailcache.trainers.architecture import Fit, architecture, layers_from
-from tailcache.trainers.checkpoint import check_tokenizer, in_short, load_config, load_model
 from tailcache.trainers.initialise import check_family, check_not_larger, initialise
 from tailcache.trainers.presets import PRESETS
+from tailcache.trainers.pretrained import check_tokenizer, in_short, load_config, load_model
+from tailcache.trainers.records import read_record
 
 if TYPE_CHECKING:
     from tailcache.storage.corpus import Corpus
@@ -54,13 +56,15 @@ class Student:
     notes: list[str] = field(default_factory=list)
 
 
-def build_student(config: StudentConfig, corpus: Corpus, *, seed: int) -> Student:
+def build_student(config: StudentConfig, corpus: Corpus, *, seed: int, begun: Path | None = None) -> Student:
     """Make the student that the settings describe and check that it fits the corpus.
 
     Args:
       config: the settings.
       corpus: the corpus it will be trained on.
       seed: decides the weights that are initialised at random.
+      begun: a checkpoint of this very run, whose weights will be restored: the teacher that the student was initialised
+        from is not read again.
 
     Raises:
       StudentError: it cannot be built, its vocabulary does not cover the corpus, or its positions are too
@@ -72,6 +76,12 @@ def build_student(config: StudentConfig, corpus: Corpus, *, seed: int) -> Studen
     extra: dict[str, Any] = (
         {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
     )
+    if begun is not None and config.init_from is not None and (begun / "config.json").is_file():
+        model = _initialised(load_config(str(begun), None, where="student"), extra, seed)
+        _check_fit(model, corpus, [])
+        if config.freeze_embeddings:
+            _freeze_embeddings(model)
+        return Student(model, read_record(begun).get("student", {}).get("notes", []))
     if config.checkpoint is not None:
         where = "student.checkpoint"
         check_tokenizer(config.checkpoint, config.revision, corpus, notes, where=where)
