@@ -24,7 +24,7 @@ from tailcache.storage.reader import Teacher
 from tailcache.trainers.config import StudentConfig, TrainConfig
 from tailcache.trainers.records import JsonLines, last_checkpoint
 from tailcache.trainers.sweep import SweepRun, report_end, run_sweep
-from tailcache.trainers.sweep_results import ERROR, SETTINGS, RunResult, read_result
+from tailcache.trainers.sweep_results import ERROR, SETTINGS, RunResult, read_result, share_done
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -92,6 +92,18 @@ def test_results_are_read_from_the_runs_own_files(sequential: tuple[Path, list[R
         assert each.evaluation["top1_agreement"]["value"] == pytest.approx(each.final["top1_agreement"])
     assert kd.curve[0]["cross_entropy"] != tad.curve[0]["cross_entropy"]  # another seed
     assert not (out / "sweep.lock").exists()
+
+
+def test_how_far_a_run_is(tmp_path: Path) -> None:
+    config = TrainConfig(cache="c", out=tmp_path, epochs=4.0)
+    assert share_done(config) == 0.0
+    line = json.dumps({"step": 10, "loss": 1.0, "epoch": 1.0})
+    (tmp_path / "training.jsonl").write_text(f"{line}\n" * 500 + '{"step": 20, "lo')
+    assert share_done(config) == 0.25
+    assert share_done(replace(config, max_steps=40)) == 0.25
+    assert share_done(replace(config, max_steps=5)) == 1.0
+    (tmp_path / "training.jsonl").write_text("{}")
+    assert share_done(config) == 0.0
 
 
 def test_a_run_that_fails_says_why_and_does_not_stop_the_others(sequential: tuple[Path, list[RunResult]]) -> None:

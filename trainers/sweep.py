@@ -35,12 +35,15 @@ from tailcache.storage.reader import Cache, open_cache
 from tailcache.storage.several import BETWEEN, open_named
 from tailcache.trainers.config import TrainConfig
 from tailcache.trainers.records import FREE_SETTINGS, resolved
-from tailcache.trainers.sweep_results import ERROR, LOG, RunResult, read_result, read_settings
+from tailcache.trainers.sweep_results import ERROR, LOG, RunResult, read_result, read_settings, share_done
 from tailcache.trainers.sweep_worker import FAILED, run_here, run_in_process
 
 __all__ = ["SweepRun", "report_end", "run_sweep"]
 
 LOCK = "sweep.lock"
+
+_LOOK_SECONDS = 2.0
+"""Between two looks at the logs of the runs that are going on."""
 
 # A finished run must have been made with these as they are: its length, and the rows it was measured on.
 _FREE = FREE_SETTINGS - {"epochs", "max_steps", "eval_rows"}
@@ -237,7 +240,8 @@ def _run_parallel(todo: Sequence[SweepRun], parallel: int, evaluate: bool, show_
     gpus = _gpus()
     spawn = multiprocessing.get_context("spawn")
     waiting, running = list(reversed(todo)), dict[int, tuple[SweepRun, Any]]()
-    with tqdm(total=len(todo), desc="sweep", unit="run", disable=not show_progress, dynamic_ncols=True) as bar:
+    ended: list[SweepRun] = []
+    with _Bar(todo, show_progress) as bar:
         try:
             while waiting or running:
                 for slot in sorted(set(range(slots)) - running.keys())[: len(waiting)]:
@@ -247,18 +251,48 @@ def _run_parallel(todo: Sequence[SweepRun], parallel: int, evaluate: bool, show_
                     process = spawn.Process(target=run_in_process, args=work, name=run.name)
                     process.start()
                     running[slot] = (run, process)
-                bar.set_postfix_str(", ".join(run.name for run, _ in running.values()))
-                ended = wait([process.sentinel for _, process in running.values()])
+                bar.show([run for run, _ in running.values()], ended)
+                stopped = wait([process.sentinel for _, process in running.values()], _LOOK_SECONDS)
                 for slot, (run, process) in list(running.items()):
-                    if process.sentinel in ended:
+                    if process.sentinel in stopped:
                         process.join()
                         del running[slot]
+                        ended.append(run)
                         report_end(run, process.exitcode)
-                        bar.update(1)
+            bar.show([], ended)
         finally:
             for _, process in running.values():
                 process.kill()
                 process.join()
+
+
+class _Bar:
+    """One bar over all runs, moved by what each of those that are running has written to its log."""
+
+    def __init__(self, todo: Sequence[SweepRun], shown: bool) -> None:
+        self._total = len(todo)
+        done = sum(share_done(run.config) for run in todo)  # before a restart: no part of the speed
+        self._bar = tqdm(
+            total=self._total,
+            initial=done,
+            desc="sweep",
+            disable=not shown,
+            dynamic_ncols=True,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+        )
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def show(self, running: Sequence[SweepRun], ended: Sequence[SweepRun]) -> None:
+        """Move it to where the runs are."""
+        shares = [share_done(run.config) for run in running]
+        self._bar.n = len(ended) + sum(shares)
+        now = ", ".join(f"{run.name} {share:.0%}" for run, share in zip(running, shares, strict=True))
+        self._bar.set_postfix_str(f"{len(ended)} of {self._total} runs done" + (f"; {now}" if now else ""))
 
 
 def report_end(run: SweepRun, exitcode: int | None) -> None:

@@ -14,17 +14,23 @@ from the same files. Light to import: no torch.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tailcache.storage.errors import CorruptError
 from tailcache.trainers.records import RECORD, JsonLines, last_checkpoint, read_record
 
-__all__ = ["ERROR", "EVALUATION", "LOG", "SETTINGS", "RunResult", "read_result", "read_settings"]
+if TYPE_CHECKING:
+    from tailcache.trainers.config import TrainConfig
+
+__all__ = ["ERROR", "EVALUATION", "LOG", "SETTINGS", "RunResult", "read_result", "read_settings", "share_done"]
 
 SETTINGS, ERROR, LOG, EVALUATION = "settings.json", "error.txt", "log.txt", "evaluation.json"
+
+_LOG_END = 4096
 
 Status = Literal["finished", "failed", "interrupted", "not begun"]
 
@@ -108,6 +114,23 @@ def read_result(name: str, folder: Path) -> RunResult:
         seconds=seconds or None,
         positions_per_s=positions / seconds if seconds and positions else None,
     )
+
+
+def share_done(config: TrainConfig) -> float:
+    """How much of a run has been trained, between 0 and 1, by the last line of its log; cheap, however long it is."""
+    path = config.out / "training.jsonl"
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _LOG_END))
+            lines = file.read().splitlines()
+    except OSError:
+        return 0.0
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off, or still being written
+            last = json.loads(line)
+            share = last["epoch"] / config.epochs if config.max_steps is None else last["step"] / config.max_steps
+            return float(min(max(share, 0.0), 1.0))
+    return 0.0
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
