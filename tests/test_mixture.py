@@ -20,9 +20,12 @@ import reference
 import torch
 from loss_cases import CODEC_MAX, FLOAT32, FLOAT64, KINDS, Tolerance, assert_close, cached, slope, teacher_logprobs
 from places import cache_folder
+from tokenizer_fixtures import build_tokenizer
 from torch import Tensor
 from training_fixtures import logprobs_of, make_corpus, objective_for, one_thread, tiny_model, write_teacher
 
+from tailcache.pipeline.capture import capture
+from tailcache.pipeline.config import CaptureConfig
 from tailcache.storage.errors import ConfigError, MismatchError, NotFoundError
 from tailcache.storage.reader import open_cache
 from tailcache.storage.several import Teachers
@@ -549,6 +552,48 @@ def test_the_loss_of_a_trainer_is_that_to_the_dense_mixture(caches: Caches, tmp_
         assert trainer.kl_is == ("exact" if teachers is caches.whole else "lower bound")
 
 
+@pytest.mark.slow
+def test_the_exact_tail_of_real_captures_is_the_dense_mixture(tmp_path: Path) -> None:
+    """Hidden states as bf16 of one teacher and int8 of another; the truth from the models themselves."""
+    tokenizer = build_tokenizer("wordlevel")
+    corpus = make_corpus(tmp_path / "cache", tokenizer, num_rows=12)
+    log_p = []
+    for kind, seed in (("bf16", 1), ("int8", 2)):
+        model = tiny_model(corpus.vocab_size, seed=seed)
+        model.save_pretrained(tmp_path / kind)
+        tokenizer.save_pretrained(tmp_path / kind)
+        settings: dict[str, Any] = {"hidden": kind, "top_k": 6, "num_samples": 4, "device": "cpu"}
+        capture(
+            CaptureConfig(cache=tmp_path / "cache", teacher=str(tmp_path / kind), name=kind, **settings),
+            show_progress=False,
+        )
+        log_p.append(logprobs_of(model, corpus)[0])
+    cache = open_cache(tmp_path / "cache")
+    teachers = Teachers([cache.teacher("bf16"), cache.teacher("int8")])
+    dense = (0.25 * log_p[0].exp() + 0.75 * log_p[1].exp()).log()
+    student = tiny_model(corpus.vocab_size, seed=7)
+    log_q, _ = logprobs_of(student, corpus)
+    for name, function in (("kd", d.kl), ("reverse_kl", d.reverse_kl)):
+        trainer = DistillTrainer(
+            student,
+            training_arguments(_config(teachers, tmp_path / "out")),
+            teacher=teachers,
+            objective=objective_for(teachers, name, clm_weight=0.0, tail="exact"),  # type: ignore[arg-type]
+            mixture_weights=MixtureWeights(corpus=corpus, constant=(1.0, 3.0)),
+        )
+        batches = list(trainer.get_train_dataloader())
+        parts = [
+            trainer.compute_loss(student, trainer._prepare_inputs(batch), return_outputs=True)[1]["values"][:, 1]
+            for batch in batches
+        ]
+        rows = np.concatenate([batch["rows"].unique_consecutive().numpy() for batch in batches])
+        offsets = corpus.target_offsets(0, corpus.num_rows)
+        where = np.concatenate([np.arange(offsets[row], offsets[row + 1]) for row in rows])
+        expected = function(dense[where], log_q[where])
+        assert_close(torch.cat(parts).double(), expected, Tolerance(0.1, 0.05))
+        assert abs(torch.cat(parts).double().mean() / expected.mean() - 1) < 0.01
+
+
 def _config(source: Teachers, out: Path, **settings: Any) -> TrainConfig:
     defaults: dict[str, Any] = {
         "student": StudentConfig(hidden_size=24, num_layers=1, num_heads=2),
@@ -562,6 +607,7 @@ def _config(source: Teachers, out: Path, **settings: Any) -> TrainConfig:
     return TrainConfig(cache=cache_folder(source.corpus), out=out, **{**defaults, **settings})
 
 
+@pytest.mark.slow
 def test_a_run_names_its_mixture_and_continues_only_as_itself(
     caches: Caches, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -592,6 +638,8 @@ def test_a_run_names_its_mixture_and_continues_only_as_itself(
     for other in ({"teacher_weights": (1.0, 1.0)}, {"teachers": ("b", "a")}, {"teacher_confidence": "none"}):
         with pytest.raises(MismatchError, match="cannot be continued"):
             train(_config(caches.small, tmp_path / "out", **{**settings, **other}, resume=True))
+    plain = train(_config(caches.small, tmp_path / "clm", **{**settings, "loss": "clm", "top_k": None, "max_steps": 1}))
+    assert plain is not None  # no targets are read, and so no weights made
     run = SweepRun(name="out", config=_config(caches.small, tmp_path / "out", **settings))
     assert list(_changes(run.config, record, open_cache(cache_folder(caches.small.corpus)))) == [
         f"{tmp_path / 'out'} holds a run that no sweep has begun"
