@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from training_fixtures import logprobs_of, make_cache, make_corpus, one_thread, tiny_model, write_teacher
 
 from tailcache.pipeline.draws import thinned_points
-from tailcache.storage.errors import ConfigError, DataError
+from tailcache.storage.bootstrap import Figure
+from tailcache.storage.errors import ConfigError, DataError, MismatchError
 from tailcache.storage.reader import Teacher
 from tailcache.trainers import evaluation
 from tailcache.trainers.evaluation import DocumentSums, document_sums, evaluate_student, summarise, tail_ladder
 from tailcache.trainers.evaluation_columns import bins_of, draw_variance, position_columns
-from tailcache.trainers.evaluation_figures import Evaluation
+from tailcache.trainers.evaluation_figures import SCALARS, Evaluation, differences
 
 CODEC = Tolerance(2e-4, 2e-4)
 """Teacher's log-probs of a cache: rounded to some 1e-3 nats, the mean over positions is closer; masses to 2^-14."""
@@ -335,6 +336,38 @@ def test_bootstrap_draws_documents(whole: tuple[Teacher, Any]) -> None:
     assert found == summarise(sums, resamples=4000, confidence=0.9)
 
 
+def test_differences_are_paired(whole: tuple[Teacher, Any]) -> None:
+    """Of two students that hardly differ, the difference is known far better than either figure."""
+    teacher, student = whole
+    other = tiny_model(teacher.vocab_size, seed=3, std=0.4)
+    with torch.no_grad():
+        other.get_output_embeddings().weight[5] += 0.05
+    rows = teacher.train_rows()
+    sums = [document_sums(model, teacher, rows=rows, show_progress=False) for model in (student, other)]
+    found = differences(*sums, resamples=500)
+    first, second = (summarise(each, resamples=500) for each in sums)
+    for name, difference in found.items():
+        assert difference.value == pytest.approx(getattr(second, name).value - getattr(first, name).value, abs=1e-12)
+    assert set(found) == {name for name in SCALARS if "teacher" not in name and name != "bits_per_byte"}
+    width = {name: high - low for name, (low, high) in _intervals(found | {"alone": first.kl}).items()}
+    assert 0 < width["kl"] < 0.2 * width["alone"]
+    assert differences(sums[0], sums[0], resamples=20)["full_ece"] == Figure(value=0.0, low=0.0, high=0.0)
+
+
+def _intervals(figures: dict[str, Figure]) -> dict[str, tuple[float, float]]:
+    return {name: (f.low, f.high) for name, f in figures.items() if f.low is not None and f.high is not None}
+
+
+def test_differences_need_the_same_documents(whole: tuple[Teacher, Any]) -> None:
+    teacher, student = whole
+    rows = teacher.held_out_rows()
+    sums = document_sums(student, teacher, rows=rows[:3], show_progress=False)
+    with pytest.raises(MismatchError, match="on the same documents"):
+        differences(sums, document_sums(student, teacher, rows=rows[3:6], show_progress=False))
+    with pytest.raises(MismatchError, match="num_bins to agree, found 15 and 4"):
+        differences(sums, document_sums(student, teacher, rows=rows[:3], num_bins=4, show_progress=False))
+
+
 def test_json_is_strict_json(whole: tuple[Teacher, Any]) -> None:
     teacher, student = whole
     found = evaluate_student(student, teacher, resamples=20, show_progress=False)
@@ -397,12 +430,10 @@ def test_positions_with_one_draw_have_the_average_variance() -> None:
 
 
 def _sampling_error(names: tuple[str, ...], values: dict[str, float]) -> float | None:
-    from tailcache.storage.bootstrap import Resampled
     from tailcache.trainers.evaluation_figures import _Maker
 
-    matrix = np.array([[values[name] for name in names]])
-    sums: Any = replace(_EMPTY, names=names, sums_DC=matrix)
-    return _Maker(sums, Resampled(matrix, list(names), resamples=0, confidence=0.9, seed=0)).kl_sampling_error()
+    sums = replace(_EMPTY, names=names, sums_DC=np.array([[values[name] for name in names]]))
+    return _Maker(sums, resamples=0, confidence=0.9, seed=0).kl_sampling_error()
 
 
 _EMPTY = DocumentSums(

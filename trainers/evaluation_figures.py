@@ -21,13 +21,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tailcache.storage.bootstrap import Figure, Resampled
+from tailcache.storage.errors import MismatchError
 
 if TYPE_CHECKING:
     from tailcache.trainers.evaluation import DocumentSums
 
-__all__ = ["CalibrationBin", "Evaluation", "PositionBucket", "TailMass", "summarise"]
+__all__ = ["SCALARS", "CalibrationBin", "Evaluation", "PositionBucket", "TailMass", "differences", "summarise"]
 
 Floats = NDArray[np.float64]
+
+SCALARS = (
+    "cross_entropy",
+    "perplexity",
+    "bits_per_byte",
+    "teacher_cross_entropy",
+    "teacher_perplexity",
+    "teacher_bits_per_byte",
+    "kl",
+    "top1_agreement",
+    "top5_agreement",
+    "accuracy",
+    "teacher_accuracy",
+    "ece",
+    "teacher_ece",
+    "full_ece",
+    "teacher_full_ece",
+)
+"""The figures of an ``Evaluation`` that are one number of all positions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,37 +152,13 @@ def summarise(sums: DocumentSums, *, resamples: int = 1000, confidence: float = 
 
     Cost: 2 B D C operations for C columns.
     """
-    maker = _Maker(
-        sums, Resampled(sums.sums_DC, list(sums.names), resamples=resamples, confidence=confidence, seed=seed)
-    )
-    unavailable: dict[str, str] = {}
-    teacher_all = maker.of_bins("teacher_all")
-    undecided = int(maker.total("undecided"))
-    if undecided:
-        unavailable["teacher_full_ece"] = (
-            f"at {undecided} positions a token beyond the stored {sums.top_k} may have left the lowest of "
-            f"{sums.num_bins} bins; use at most {sums.top_k} bins"
-        )
-    bits: dict[str, Figure | None] = {"bits_per_byte": None, "teacher_bits_per_byte": None}
-    why_no_bytes = sums.no_bytes or maker.why_no_bytes()
-    if why_no_bytes is None:
-        per_byte = maker.sum("bytes") * math.log(2)
-        bits["bits_per_byte"] = maker.figure(maker.sum("cross_entropy") / per_byte)
-        bits["teacher_bits_per_byte"] = maker.figure(maker.sum("teacher_cross_entropy") / per_byte)
-    else:
-        unavailable |= dict.fromkeys(bits, f"the corpus' tokenizer: {why_no_bytes}")
-    error = maker.kl_sampling_error()
-    if error is None:
-        unavailable["kl_sampling_error"] = (
-            "no tail draws are stored, and the KL is a lower bound"
-            if sums.num_samples == 0
-            else "a single tail draw per position does not tell"
-        )
-    top5 = None
-    if "top5_agreement" in sums.names:
-        top5 = maker.mean("top5_agreement")
-    else:
-        unavailable["top5_agreement"] = f"only {sums.top_k} tokens per position are stored"
+    maker = _Maker(sums, resamples=resamples, confidence=confidence, seed=seed)
+    unavailable = maker.unavailable()
+    figures = {name: maker.figure(values) for name, values in maker.scalars().items()}
+    scalars: dict[str, Any] = {name: figures.get(name) for name in SCALARS}
+    calibrated = {"student": "student_top", "teacher": "teacher_top", "student_all": "student_all"}
+    if "teacher_full_ece" not in unavailable:
+        calibrated["teacher_all"] = "teacher_all"
     return Evaluation(
         corpus_hash=sums.corpus_hash,
         teacher=sums.teacher,
@@ -177,54 +173,110 @@ def summarise(sums: DocumentSums, *, resamples: int = 1000, confidence: float = 
         resamples=resamples,
         seed=seed,
         kl_is=sums.kl_is,
-        cross_entropy=maker.mean("cross_entropy"),
-        perplexity=maker.perplexity("cross_entropy"),
-        bits_per_byte=bits["bits_per_byte"],
-        teacher_cross_entropy=maker.mean("teacher_cross_entropy"),
-        teacher_perplexity=maker.perplexity("teacher_cross_entropy"),
-        teacher_bits_per_byte=bits["teacher_bits_per_byte"],
-        kl=maker.mean("kl"),
-        kl_sampling_error=error,
-        top1_agreement=maker.mean("top1_agreement"),
-        top5_agreement=top5,
-        accuracy=maker.of_bins_hits("student_top"),
-        teacher_accuracy=maker.of_bins_hits("teacher_top"),
-        ece=maker.of_bins("student_top"),
-        teacher_ece=maker.of_bins("teacher_top"),
-        full_ece=maker.of_bins("student_all"),
-        teacher_full_ece=None if undecided else teacher_all,
+        kl_sampling_error=maker.kl_sampling_error(),
         tail_mass=maker.tail_masses(""),
         by_position=maker.by_position(),
-        calibration={
-            "student": maker.calibration("student_top"),
-            "teacher": maker.calibration("teacher_top"),
-            "student_all": maker.calibration("student_all"),
-            **({} if undecided else {"teacher_all": maker.calibration("teacher_all")}),
-        },
+        calibration={name: maker.calibration(columns) for name, columns in calibrated.items()},
         unavailable=unavailable,
+        **scalars,
     )
+
+
+def differences(
+    first: DocumentSums, second: DocumentSums, *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
+) -> dict[str, Figure]:
+    """Second student minus first, paired: both figures of a resample are of the same documents.
+
+    Args:
+      first: sums of a student.
+      second: sums of another one, over the same rows, against the same teacher and with the same bins.
+      resamples: B; 0 for no intervals.
+      confidence: of the intervals.
+      seed: decides the resamples.
+
+    Returns:
+      The figures that both have, by the names of ``Evaluation``; those of the teacher alone are left out.
+
+    Raises:
+      MismatchError: other rows, another teacher or other bins.
+    """
+    for what in ("corpus_hash", "teacher_hash", "num_bins"):
+        ours, theirs = getattr(first, what), getattr(second, what)
+        if ours != theirs:
+            raise MismatchError(f"differences: expected both students' {what} to agree, found {ours} and {theirs}")
+    positions = [sums.sums_DC[:, sums.names.index("positions")] for sums in (first, second)]
+    if not np.array_equal(positions[0], positions[1]):
+        raise MismatchError(
+            f"differences: expected both students on the same documents, found {len(positions[0])} and "
+            f"{len(positions[1])} documents of other lengths"
+        )
+    maker, other = (_Maker(sums, resamples=resamples, confidence=confidence, seed=seed) for sums in (first, second))
+    before, after = maker.scalars(), other.scalars()
+    return {
+        name: maker.figure(after[name] - values)
+        for name, values in before.items()
+        if name in after and not name.startswith("teacher_")
+    }
 
 
 class _Maker:
     """Figures from resampled sums."""
 
-    def __init__(self, sums: DocumentSums, boot: Resampled) -> None:
-        self._sums, self._boot = sums, boot
+    def __init__(self, sums: DocumentSums, *, resamples: int, confidence: float, seed: int) -> None:
+        self._sums = sums
+        boot = Resampled(sums.sums_DC, list(sums.names), resamples=resamples, confidence=confidence, seed=seed)
         self.sum, self.figure = boot.__getitem__, boot.figure
+
+    def scalars(self) -> dict[str, Floats]:
+        """[1 + B] each: the figures of all positions that are available, by the names of ``Evaluation``."""
+        unavailable = self.unavailable()
+        found: dict[str, Floats] = {}
+        for prefix, whose in (("", "student"), ("teacher_", "teacher")):
+            cross_entropy = self.mean(f"{prefix}cross_entropy")
+            found[f"{prefix}cross_entropy"] = cross_entropy
+            with np.errstate(over="ignore"):  # a student can be so wrong that it is infinite
+                found[f"{prefix}perplexity"] = np.exp(cross_entropy)
+            if f"{prefix}bits_per_byte" not in unavailable:
+                found[f"{prefix}bits_per_byte"] = self.sum(f"{prefix}cross_entropy") / (self.sum("bytes") * math.log(2))
+            found[f"{prefix}accuracy"] = self._bins(f"{whose}_top_hits").sum(axis=0) / self.sum("positions")
+            found[f"{prefix}ece"] = self._calibration_error(f"{whose}_top")
+            if f"{prefix}full_ece" not in unavailable:
+                found[f"{prefix}full_ece"] = self._calibration_error(f"{whose}_all")
+        agreements = [name for name in ("top1_agreement", "top5_agreement") if name not in unavailable]
+        return found | {name: self.mean(name) for name in ("kl", *agreements)}
+
+    def unavailable(self) -> dict[str, str]:
+        """Why a figure cannot be given, by its name."""
+        sums = self._sums
+        why: dict[str, str] = {}
+        if (no_bytes := self._why_no_bytes()) is not None:
+            why |= dict.fromkeys(("bits_per_byte", "teacher_bits_per_byte"), f"the corpus' tokenizer: {no_bytes}")
+        if self.kl_sampling_error() is None:
+            why["kl_sampling_error"] = (
+                "no tail draws are stored, and the KL is a lower bound"
+                if sums.num_samples == 0
+                else "a single tail draw per position does not tell"
+            )
+        if "top5_agreement" not in sums.names:
+            why["top5_agreement"] = f"only {sums.top_k} tokens per position are stored"
+        if undecided := int(self.total("undecided")):
+            why["teacher_full_ece"] = (
+                f"at {undecided} positions a token beyond the stored {sums.top_k} may have left the lowest of "
+                f"{sums.num_bins} bins; use at most {sums.top_k} bins"
+            )
+        return why
 
     def total(self, name: str) -> float:
         """The sum over all documents as they are."""
         return float(self.sum(name)[0])
 
-    def mean(self, name: str, bucket: str = "") -> Figure:
-        """Of the positions, or those of a bucket."""
-        return self.figure(_ratio(self.sum(name + bucket), self.sum("positions" + bucket)))
+    def mean(self, name: str, bucket: str = "") -> Floats:
+        """[1 + B] of the positions, or those of a bucket."""
+        return _ratio(self.sum(name + bucket), self.sum("positions" + bucket))
 
-    def perplexity(self, name: str) -> Figure:
-        with np.errstate(over="ignore"):  # a student can be so wrong that it is infinite
-            return self.figure(np.exp(self.sum(name) / self.sum("positions")))
-
-    def why_no_bytes(self) -> str | None:
+    def _why_no_bytes(self) -> str | None:
+        if self._sums.no_bytes is not None:
+            return self._sums.no_bytes
         if np.isnan(self.total("bytes")):
             return "the text has unknown tokens, whose bytes are lost"
         return None if self.total("bytes") > 0 else "there is no text among the target tokens"
@@ -243,13 +295,10 @@ class _Maker:
         """[M, 1 + B]."""
         return np.stack([self.sum(f"{name}[{m}]") for m in range(self._sums.num_bins)])
 
-    def of_bins(self, name: str) -> Figure:
-        """The calibration error: sum over bins of |hits - mass|, per position."""
+    def _calibration_error(self, name: str) -> Floats:
+        """[1 + B] the sum over bins of |hits - mass|, per position."""
         gaps = np.abs(self._bins(f"{name}_hits") - self._bins(f"{name}_mass")).sum(axis=0)
-        return self.figure(gaps / self.sum("positions"))
-
-    def of_bins_hits(self, name: str) -> Figure:
-        return self.figure(self._bins(f"{name}_hits").sum(axis=0) / self.sum("positions"))
+        return _ratio(gaps, self.sum("positions"))
 
     def calibration(self, name: str) -> list[CalibrationBin]:
         num = self._sums.num_bins
@@ -292,10 +341,10 @@ class _Maker:
                         first=2**b,
                         last=2 ** (b + 1) - 1,
                         positions=count,
-                        cross_entropy=self.mean("cross_entropy", at),
-                        teacher_cross_entropy=self.mean("teacher_cross_entropy", at),
-                        kl=self.mean("kl", at),
-                        top1_agreement=self.mean("top1_agreement", at),
+                        cross_entropy=self.figure(self.mean("cross_entropy", at)),
+                        teacher_cross_entropy=self.figure(self.mean("teacher_cross_entropy", at)),
+                        kl=self.figure(self.mean("kl", at)),
+                        top1_agreement=self.figure(self.mean("top1_agreement", at)),
                         tail_mass=self.tail_masses(at),
                     )
                 )
