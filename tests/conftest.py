@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from real_teacher import smollm2_folder
 from s3_server import faults, s3_server, s3_url
 
-__all__ = ["faults", "s3_server", "s3_url"]
+__all__ = ["faults", "s3_server", "s3_url", "smollm2_folder"]
 
 Tally = Callable[[str, int], None]
 

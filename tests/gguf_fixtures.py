@@ -48,6 +48,8 @@ def write_llama_gguf(path: Path, model: Any, tokenizer: Any) -> None:
     writer.add_token_merges([" ".join(pair) for pair in described["model"]["merges"]])
     writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
+    if tokenizer.chat_template is not None:
+        writer.add_chat_template(tokenizer.chat_template)
     state = {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
     writer.add_tensor("token_embd.weight", state["model.embed_tokens.weight"])
     writer.add_tensor("output_norm.weight", state["model.norm.weight"])

@@ -1,15 +1,13 @@
 """Training on the loader: other workers, other numbers of processes and older checkpoints see the same rows."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from children import run_group
 from test_distill import SMALL, TWO_PROCESSES, _config, _lines
 from training_fixtures import make_cache, one_thread
 
@@ -125,18 +123,8 @@ def test_a_run_of_two_processes_goes_on_in_one(teacher: Teacher, tmp_path: Path)
     """Stopped in the middle of the second epoch; the first ended with a row for one process and none for the other."""
     settings: dict[str, Any] = {**LASTING, "device": "cpu", "learning_rate": 1e-3}
     train(_config(teacher, tmp_path / "one", batch_rows=4, max_steps=10, **settings))
-    script = tmp_path / "two.py"
-    script.write_text(TWO_PROCESSES)
     text = json.dumps({**settings, "batch_rows": 2, "max_steps": 7, "student": asdict(SMALL)})
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(
-        [*command, str(teacher.corpus.cache_place), str(tmp_path / "two"), text],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_group(TWO_PROCESSES, teacher.corpus.cache_place, tmp_path / "two", text, size=2)
     train(_config(teacher, tmp_path / "two", batch_rows=4, max_steps=10, resume=True, **settings))
     one, two = (_lines(tmp_path / out / "training.jsonl") for out in ("one", "two"))
     assert [line["step"] for line in two] == list(range(1, 11))

