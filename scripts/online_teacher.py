@@ -1,6 +1,8 @@
 """A teacher that runs beside the student: what every other tool does, and what a cache has to be as good as.
 
-    live = OnlineTeacher(load_teacher("Qwen/Qwen2.5-3B", vocab_size=corpus.vocab_size))
+    tailcache train ... --online Qwen/Qwen2.5-3B
+
+    live = OnlineTeacher(load_teacher("Qwen/Qwen2.5-3B", vocab_size=corpus.vocab_size))      # or from Python
     train(config, live=lambda teacher, device: live)         # or DistillTrainer(..., live=live)
 
 For each micro-batch the teacher is run over the batch's documents, one document to a line as in a capture, and its
@@ -15,14 +17,16 @@ positions, V vocabulary, W the same rounded up to blocks, D hidden width, K kept
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from tailcache.pipeline.config import CaptureConfig
 from tailcache.pipeline.head import summarise_logits
+from tailcache.pipeline.opened import open_teacher
 from tailcache.pipeline.rows import head_chunks
 from tailcache.pipeline.teacher import Teacher
 from tailcache.storage.errors import ConfigError, TeacherError
@@ -30,7 +34,11 @@ from tailcache.trainers.batches import TARGET_FIELDS
 from tailcache.trainers.live import LOGPROBS
 from tailcache.trainers.soundness import Stored
 
-__all__ = ["OnlineTeacher"]
+if TYPE_CHECKING:
+    from tailcache.storage.reader import Teacher as StoredTeacher
+    from tailcache.trainers.config import TrainConfig
+
+__all__ = ["OnlineTeacher", "beside", "segment_lines"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,3 +212,25 @@ class OnlineTeacher:
                     # The log-sum-exp, from the summary's float64 sums.
                     log_total_c1 = whole_cV.gather(-1, found.token_ids[:, :1]) - found.logprobs[:, :1]
                     fields[LOGPROBS][target_c] = whole_cV.sub_(log_total_c1)
+
+
+def beside(config: TrainConfig) -> Callable[[StoredTeacher, torch.device], OnlineTeacher]:
+    """What makes the teacher that a run's settings name, checked against the corpus as a capture would check it.
+
+    Args:
+      config: of the run; ``online`` is the teacher's source.
+
+    Returns:
+      The argument ``live`` of ``trainers.run.train``. K is that of the cached teacher, so that the same splits are
+      allowed; draws are made only where a loss asks for them.
+    """
+    assert config.online is not None
+    source, sampled = config.online, any(each.tail == "sampled" or each.name == "rs_kd" for each in config.divergences)
+
+    def make(stored: StoredTeacher, device: torch.device) -> OnlineTeacher:
+        sizes: dict[str, Any] = {"top_k": stored.top_k, "num_samples": stored.num_samples if sampled else 0}
+        settings = CaptureConfig(cache=config.cache, teacher=source, name="online", device=str(device), **sizes)
+        opened = open_teacher(settings, stored.corpus)
+        return OnlineTeacher(opened.teacher, **sizes)
+
+    return make

@@ -91,4 +91,10 @@ def run(config: TrainConfig) -> None:
         return
     from tailcache.trainers.run import train
 
-    train(config.shared if isinstance(config, TrainCommand) else config)
+    settings = config.shared if isinstance(config, TrainCommand) else config
+    if settings.online is None:
+        train(settings)
+        return
+    from tailcache.scripts.online_teacher import beside
+
+    train(settings, live=beside(settings))

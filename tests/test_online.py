@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,14 @@ import pytest
 import reference
 import torch
 from places import cache_folder
+from tokenizer_fixtures import build_tokenizer
 from training_fixtures import logprobs_of, make_corpus, one_thread, tiny_model
 
 from tailcache.pipeline.capture import capture
 from tailcache.pipeline.config import CaptureConfig
 from tailcache.pipeline.teacher import Teacher as RunningTeacher
 from tailcache.scripts.online_teacher import OnlineTeacher, segment_lines
+from tailcache.scripts.train import run
 from tailcache.storage.alignment import segment_ids, target_positions
 from tailcache.storage.errors import ConfigError, MismatchError, TeacherError
 from tailcache.storage.reader import Teacher, open_cache
@@ -340,3 +343,39 @@ def test_a_batch_without_targets_has_none(stored: Teacher, live: OnlineTeacher) 
     nothing = {**batch, "labels": batch["labels"][:0], "target_index": batch["target_index"][:0]}
     fields = live.targets(nothing, whole=True)
     assert {len(values) for values in fields.values()} == {0}
+
+
+# ---- the command ----
+
+
+def test_the_command_runs_the_teacher_it_is_told_to(stored: Teacher, tmp_path: Path) -> None:
+    tiny_model(stored.vocab_size, seed=1).save_pretrained(tmp_path / "model")
+    config = TrainConfig(
+        cache=cache_folder(stored.corpus),
+        out=tmp_path / "run",
+        student=StudentConfig(hidden_size=16, num_layers=1, num_heads=2),
+        online=str(tmp_path / "model"),
+        loss="kd",
+        max_steps=1,
+        device="cpu",
+    )
+    with pytest.raises(ConfigError, match="argument `live`"):
+        train(config)
+    run(config)
+    record = json.loads((tmp_path / "run" / "tailcache.json").read_text())
+    assert record["config"]["tail"] == "exact"
+    assert record["config"]["online"] == str(tmp_path / "model")
+    assert record["online"] == {
+        "weights": running(stored.vocab_size).weights_hash(),
+        "dtype": "float32",
+        "top_k": stored.top_k,
+        "num_samples": 0,
+    }
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(stored: Teacher, tmp_path: Path) -> None:
+    tiny_model(stored.vocab_size, seed=1).save_pretrained(tmp_path / "model")
+    build_tokenizer("wordlevel", eos="<other>").save_pretrained(tmp_path / "model")
+    config = TrainConfig(cache=cache_folder(stored.corpus), out=tmp_path / "run", online=str(tmp_path / "model"))
+    with pytest.raises(MismatchError, match="tokenizer"):
+        run(config)

@@ -217,6 +217,11 @@ class TrainConfig(LossParameters, MixtureConfig, _Places):
     max_steps: int | None = None
     """Stop after this many optimizer steps instead (repeating the rows if need be)."""
 
+    online: str | None = None
+    """Run this teacher beside the student (a folder, a hub id or a GGUF file, as for capture) and train on its own
+    distributions, by default as a whole (--tail exact), instead of the cache's targets. These then serve evaluation
+    alone. Every step costs the teacher's forward: it is there to see what a cache loses."""
+
     seed: int = 0
     """Decides initialisation, row order and dropout."""
 

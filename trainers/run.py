@@ -134,13 +134,19 @@ def train(
       The trainer, after training; None if the run in OUT had finished already.
 
     Raises:
-      ConfigError: a setting does not fit the cache, or OUT holds another run.
+      ConfigError: a setting does not fit the cache, or OUT holds another run; or the settings name a teacher to run
+        beside the student, and there is no ``live``.
       StudentError: the student cannot be built, or does not fit.
       MismatchError: another tokenizer; or a checkpoint made from other data or settings.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     args = training_arguments(config)  # first: from then on processes know of each other
+    if config.online is not None and live is None:
+        raise ConfigError(
+            f"online: expected a teacher that was made from {config.online!r}, found none; only `tailcache train` of a "
+            "single student makes one, from Python it is the argument `live` of train()"
+        )
     teacher = _open_teacher(config)
     if live is not None and isinstance(teacher, Teachers):
         raise ConfigError("teachers: expected one teacher beside the student, found a mixture; choose one with teacher")
