@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from loss_cases import FLOAT64, Tolerance, assert_close, cached, make_case, student_logits, teacher_logprobs
+from loss_cases import FLOAT64, Tolerance, assert_close, cached, extremes, make_case, student_logits, teacher_logprobs
 from tokenizer_fixtures import SPECIAL, build_tokenizer
 from tokenizers import decoders
 from torch import Tensor, nn
@@ -105,6 +105,22 @@ def test_edges_belong_to_the_bin_below() -> None:
     edges = torch.tensor([0.0, 0.25, 0.26, 0.5, 0.75, 0.76, 1.0, 1.0 + 1e-7], dtype=torch.float64)
     assert bins_of(edges, 4).tolist() == [0, 0, 1, 1, 2, 3, 3, 3]
     assert bins_of(edges, 1).tolist() == [0] * 8
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_extreme_logits(index: int) -> None:
+    """Logits of +-1e4 in float32: probabilities are still those of a distribution."""
+    case = make_case("random", num_positions=8)
+    logits = extremes()[index].detach()
+    columns = position_columns(logits, case.teacher, num_bins=4, tail_ks=[1, 8], systematic=True)
+    assert all(values.isfinite().all() for values in columns.values())
+    assert_close(columns["student_all_mass"].sum(-1), torch.ones(8, dtype=torch.float64), Tolerance(0.0, 1e-6))
+    q = torch.softmax(logits.double(), -1)
+    expected = q.scatter(-1, case.teacher.token_ids, 0.0).sum(-1)
+    assert_close(columns["student_tail"][:, 1], expected, Tolerance(1e-6, 1e-6))
+    for t, row in enumerate(q.tolist()):
+        inside = [i for i, q_i in enumerate(row) if reference.equal_bin(q_i, 4) == 0]
+        assert_close(float(columns["student_all_mass"][t, 0]), reference.mass(row, inside), Tolerance(1e-6, 1e-6))
 
 
 def test_padding_of_the_head_takes_no_part() -> None:

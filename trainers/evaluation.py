@@ -149,7 +149,7 @@ def document_sums(
       StudentError: the student lets packed documents see one another, or its forward cannot be used.
 
     Cost: a forward, and per position some 4 V numbers for as many positions as fit a buffer; D x C sums, where C is
-    about 300.
+    about 400.
     """
     rows = teacher.held_out_rows() if rows is None else np.unique(np.asarray(rows, dtype=np.int64))
     if not len(rows):

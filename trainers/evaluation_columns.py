@@ -60,9 +60,7 @@ def position_columns(
     Cost: three tensors of [t, V].
     """
     short = student_terms(logits_tW, teacher)
-    logits_tV = logits_tW[:, : teacher.vocab_size].to(short.log_target.dtype)
-    log_z_t = logits_tV.gather(-1, teacher.next_tokens[:, None])[:, 0] - short.log_target
-    q_tV = torch.exp_(logits_tV - log_z_t[:, None])
+    q_tV = torch.softmax(logits_tW[:, : teacher.vocab_size].to(short.log_target.dtype), dim=-1)
     top_q, top_ids = q_tV.topk(min(TOP, teacher.vocab_size))
     student, stored = _wide(short), _wide(teacher)
     p_tK = stored.logprobs.exp()
