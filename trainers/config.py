@@ -6,6 +6,7 @@ settings themselves are made on construction; those that need the cache or the s
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -21,9 +22,63 @@ __all__ = ["StudentConfig", "TrainConfig"]
 _NUMBERS = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
 _SIZES = (*_NUMBERS, "tie_embeddings")
 
+LearningRateSchedule = Literal[
+    "cosine",
+    "linear",
+    "constant",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "warmup_stable_decay",
+]
+"""Schedules of the learning rate, as transformers names them."""
+Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow", "comet_ml", "clearml", "swanlab", "dvclive"]
+"""What can log a run, as transformers names it."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class StudentConfig:
+class _Adapters:
+    """Low-rank adapters on a frozen checkpoint (LoRA); what ``StudentConfig`` says of them."""
+
+    lora_rank: int | None = None
+    """Train low-rank adapters of this rank on the checkpoint and leave its own weights as they are (needs peft).
+    Default: all weights are trained."""
+
+    lora_alpha: float | None = None
+    """Scale of the adapters: alpha / rank. Default: twice the rank."""
+
+    lora_dropout: float = 0.0
+    """Dropout before the adapters."""
+
+    lora_targets: tuple[str, ...] = ()
+    """Names (or ends of names) of the linear layers that get adapters. Default: all but the head."""
+
+    lora_save: Literal["merged", "adapter"] = "merged"
+    """What is saved at the end. merged: a plain checkpoint, the adapters added to the weights. adapter: the adapters
+    alone, as peft reads them."""
+
+    def _check_adapters(self, checkpoint: str | None) -> None:
+        if self.lora_rank is None:
+            given = [each.name for each in fields(_Adapters) if getattr(self, each.name) != each.default]
+            if given:
+                raise ConfigError(f"student.{given[0]}: adapters need a rank; set student.lora_rank, such as 16")
+            return
+        if self.lora_rank < 1:
+            raise ConfigError(f"student.lora_rank: expected a positive number, found {self.lora_rank}")
+        if checkpoint is None:
+            raise ConfigError(
+                "student.lora_rank: adapters are trained on a checkpoint, found none; set student.checkpoint, or train "
+                "all weights of the new student"
+            )
+        if self.lora_alpha is not None and not self.lora_alpha > 0:
+            raise ConfigError(f"student.lora_alpha: expected a number > 0, found {self.lora_alpha}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"student.lora_dropout: expected a number from 0 to below 1, found {self.lora_dropout}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig(_Adapters):
     """Which student: a checkpoint, parts of a teacher, or at random: a preset, a configuration, a few sizes."""
 
     checkpoint: str | None = None
@@ -98,6 +153,7 @@ class StudentConfig:
     """Attention: sdpa, eager, flash_attention_2, ... Default: what transformers chooses for the model."""
 
     def __post_init__(self) -> None:
+        self._check_adapters(self.checkpoint)
         given = [name for name in _SIZES if getattr(self, name) is not None]
         if self.checkpoint is not None:
             clashing = [n for n in ("init_from", "preset", "config", "model_type") if getattr(self, n) is not None]
@@ -191,16 +247,29 @@ class TrainConfig(LossParameters, MixtureConfig, _Places):
     """Weight of the divergence from the teacher."""
 
     learning_rate: float = 1e-4
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
 
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: LearningRateSchedule = "cosine"
     """How the learning rate falls after the warm-up."""
+
+    schedule_arguments: str | None = None
+    """Arguments of the schedule as JSON text, e.g. '{"min_lr_rate": 0.1}' for cosine_with_min_lr or
+    '{"num_decay_steps": 500}' for warmup_stable_decay."""
+
+    optimizer: str = "adamw_torch"
+    """Optimizer, as transformers names it: adamw_torch, adamw_torch_fused, adafactor, ..."""
+
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of Adam's two averages."""
+
+    adam_epsilon: float = 1e-8
+    """Added to the denominator of Adam's step."""
 
     warmup: float = 0.02
     """Steps of linear warm-up; a number below 1 is a share of all steps."""
 
     weight_decay: float = 0.1
-    """AdamW's weight decay (not on biases and norms)."""
+    """Weight decay (not on biases and norms)."""
 
     max_grad_norm: float = 1.0
     """Clip the gradient's norm to this; 0 turns it off."""
@@ -210,6 +279,28 @@ class TrainConfig(LossParameters, MixtureConfig, _Places):
 
     gradient_accumulation: int = 1
     """Forwards per optimizer step."""
+
+    rows_per_step: int | None = None
+    """Corpus rows of an optimizer step over all devices: decides gradient_accumulation in its place, whatever the
+    number of devices. A run that is resumed with another number of them needs it (or an equal product)."""
+
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of the student's layers for the backward and work out the rest again: less memory, about a
+    third more time."""
+
+    distributed: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes (torchrun). ddp: each holds the whole student. fsdp: weights, gradients and the
+    optimizer's state are shared out (FSDP2). `accelerate launch` with a file of its own says it itself."""
+
+    fsdp_reshard: bool = True
+    """With fsdp: free a layer's gathered weights between forward and backward."""
+
+    fsdp_offload: bool = False
+    """With fsdp on GPUs: keep weights, gradients and the optimizer's state in the memory of the CPU while unused."""
+
+    fsdp_checkpoints: Literal["whole", "sharded"] = "whole"
+    """With fsdp, of the checkpoints to resume from. whole: one file that the first process gathers. sharded: each
+    process writes its part. Either can be resumed with any number of processes, with and without fsdp."""
 
     epochs: float = 1.0
     """Passes over the training rows."""
@@ -265,6 +356,24 @@ class TrainConfig(LossParameters, MixtureConfig, _Places):
     log_every: int = 10
     """Optimizer steps between lines of training.jsonl."""
 
+    report_to: tuple[Tracker, ...] = ()
+    """Log the curves to these too; each has its package. tensorboard writes to OUT/runs."""
+
+    run_name: str | None = None
+    """The run's name there. Default: OUT."""
+
+    project: str | None = None
+    """The project the run belongs to, for those that have projects."""
+
+    hub_model_id: str | None = None
+    """Push the trained student to this repository of the hub (NAME or OWNER/NAME)."""
+
+    hub_private: bool = True
+    """Whether the repository is private, if it has to be made."""
+
+    hub_strategy: Literal["end", "every_save", "checkpoint", "all_checkpoints"] = "end"
+    """When to push: at the end only; also with every checkpoint; and then the last checkpoint, or all, as well."""
+
     resume: bool = False
     """Continue from the last checkpoint in OUT (or start, if there is none)."""
 
@@ -284,7 +393,7 @@ class TrainConfig(LossParameters, MixtureConfig, _Places):
         for name in ("batch_rows", "gradient_accumulation", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, found {getattr(self, name)}")
-        for name in ("max_steps", "save_every", "threads", "eval_rows"):
+        for name in ("max_steps", "save_every", "threads", "eval_rows", "rows_per_step"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}: expected at least 1, found {value}")
@@ -295,6 +404,7 @@ class TrainConfig(LossParameters, MixtureConfig, _Places):
             "warmup",
             "weight_decay",
             "max_grad_norm",
+            "adam_epsilon",
             "eval_every",
             "seed",
             "workers",
@@ -302,10 +412,42 @@ class TrainConfig(LossParameters, MixtureConfig, _Places):
         for name in not_negative:
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}: expected a number >= 0, found {getattr(self, name)}")
+        self._check_training()
         if not self.epochs > 0:
             raise ConfigError(f"epochs: expected a number > 0, found {self.epochs}")
         if self.clm_weight == 0 and not any(each.weight > 0 for each in self.divergences):
             raise ConfigError("clm_weight: with every weight 0 there is no loss; set one above 0")
+
+    def _check_training(self) -> None:
+        if self.rows_per_step is not None and self.gradient_accumulation != 1:
+            raise ConfigError(
+                "rows_per_step: it decides gradient_accumulation, found both; drop one of them (rows_per_step keeps "
+                "the batch when the number of devices changes)"
+            )
+        if not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise ConfigError(f"adam_betas: expected two numbers from 0 to below 1, found {self.adam_betas}")
+        if self.hub_model_id is None and self.hub_strategy != "end":
+            raise ConfigError("hub_strategy: expected a repository to push to; set hub_model_id, or drop hub_strategy")
+        if self.hub_strategy != "end" and self.save_every is None:
+            raise ConfigError(
+                f"hub_strategy: {self.hub_strategy} pushes with every checkpoint and none is kept; set save_every"
+            )
+        _ = self.schedule_settings
+
+    @property
+    def schedule_settings(self) -> dict[str, object]:
+        """The schedule's arguments by name.
+
+        Raises:
+          ConfigError: ``schedule_arguments`` is not a JSON object.
+        """
+        try:
+            found = json.loads(self.schedule_arguments or "{}")
+        except ValueError as error:
+            raise ConfigError(f"schedule_arguments: expected JSON text, found an error at {error}") from error
+        if not isinstance(found, dict):
+            raise ConfigError(f"schedule_arguments: expected a JSON object, found {type(found).__name__}")
+        return found
 
     @property
     def loss_name(self) -> str:

@@ -34,14 +34,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from tailcache.storage.errors import ConfigError
+from tailcache.trainers.adapters import check_mergeable, save_merged
+from tailcache.trainers.arguments import training_arguments
 from tailcache.trainers.batches import CacheRows, Layout, block_rows_of, collate, collate_block, teacher_terms
+from tailcache.trainers.checkpoints import PortableTrainer
 from tailcache.trainers.forward import HeadSeat, check_documents_kept_apart, default_layout, target_logits
 from tailcache.trainers.fused_loss import Mode
+from tailcache.trainers.hub import push
 from tailcache.trainers.linear_head import LinearHead
 from tailcache.trainers.loader import CacheLoader
 from tailcache.trainers.metrics import HeldOutSums, of_hidden, of_logits
@@ -55,7 +59,6 @@ from tailcache.trainers.student_head import find_linear_head
 
 if TYPE_CHECKING:
     from tailcache.storage.several import AnyTeacher
-    from tailcache.trainers.config import TrainConfig
     from tailcache.trainers.live import LiveTeacher
     from tailcache.trainers.terms import TeacherTerms
 
@@ -64,7 +67,7 @@ __all__ = ["DistillTrainer", "training_arguments"]
 PROBE_ROWS = 64
 
 
-class DistillTrainer(Trainer):
+class DistillTrainer(PortableTrainer):
     """A ``Trainer`` over one teacher of a cache.
 
     Everything ``Trainer`` can do (accumulation, mixed precision, DDP and FSDP, schedules, checkpoints) it
@@ -93,6 +96,7 @@ class DistillTrainer(Trainer):
         workers: int = 0,
         data_state: dict[str, Any] | None = None,
         live: LiveTeacher | None = None,
+        merge_adapters: bool = False,
         **kwargs: Any,
     ) -> None:
         """Set up training; nothing is trained yet.
@@ -113,6 +117,8 @@ class DistillTrainer(Trainer):
             ``step``, for a run that was begun before checkpoints said it.
           live: a teacher that runs beside the student and gives the targets to train on, in place of the cache; the
             cache's are for evaluation alone.
+          merge_adapters: save a student with adapters (a ``PeftModel``) as a plain checkpoint; by default the adapters
+            alone are saved. Checkpoints to resume from always hold the adapters alone.
           **kwargs: further arguments of ``Trainer``.
 
         Raises:
@@ -159,7 +165,9 @@ class DistillTrainer(Trainer):
         self._batches: Any = None
         self._parts = torch.zeros(len(objective.names), device=args.device)
         self._step_positions = 0
-        self._student, self.head_mode = model, head_mode
+        if merge_adapters:
+            check_mergeable(model)
+        self._student, self.head_mode, self.merges_adapters = model, head_mode, merge_adapters
         found = find_linear_head(model, teacher.vocab_size)
         objective.check_student(found)
         self.head: LinearHead | None = None if isinstance(found, str) else found
@@ -407,20 +415,27 @@ class DistillTrainer(Trainer):
     # ---- saving ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save a plain transformers checkpoint with the corpus' own tokenizer files beside it."""
+        """Save a plain transformers checkpoint (of an adapted student see ``adapters``) with the corpus' tokenizer."""
+        out = Path(self.args.output_dir or ".")
+        folder = Path(output_dir or out)
+        final = not _internal_call or folder == out
         with quiet_progress():
-            super().save_model(output_dir, _internal_call=_internal_call)
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir or ".")
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; tailcache.json says it in the open
-        for file in sorted(self.teacher.corpus.tokenizer_dir.iterdir()):
-            if not (folder / file.name).exists():  # whatever a cache calls its files, the student's own stay
-                shutil.copyfile(file, folder / file.name)
-        if not _internal_call:
-            self.write_record(folder)
-        elif self.projection is not None and not self.is_fsdp_enabled:  # FSDP's own files have it
-            save_projection(self.projection, folder)
+            if final and self.merges_adapters:
+                state = without_projection(self.whole_state())
+                save_merged(self._student, state, folder, writes=self.args.should_save)
+            else:
+                self.write_weights(folder, final=final)
+        if self.projection is not None and not final:
+            save_projection(self.projection, folder, writes=self.args.should_save)
+        if self.args.should_save:
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; tailcache.json says it in the open
+            for file in sorted(self.teacher.corpus.tokenizer_dir.iterdir()):
+                if not (folder / file.name).exists():  # whatever a cache calls its files, the student's own stay
+                    shutil.copyfile(file, folder / file.name)
+            if final:
+                self.write_record(folder)
+        if self.args.push_to_hub and not _internal_call:
+            push(self)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.projection is not None:
@@ -429,7 +444,7 @@ class DistillTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.projection is not None and not self.is_fsdp_enabled:
+        if self.projection is not None:
             load_projection(self.projection, Path(resume_from_checkpoint))
 
     def write_record(self, folder: Path) -> None:
@@ -450,43 +465,3 @@ class DistillTrainer(Trainer):
     def count_step(self) -> None:
         """Called after every optimizer step: its positions have been seen."""
         self.positions_seen += self._step_positions
-
-
-def training_arguments(config: TrainConfig) -> TrainingArguments:
-    """``Trainer``'s arguments for these settings.
-
-    Raises:
-      ConfigError: a GPU is asked for and there is none.
-    """
-    cuda = torch.cuda.is_available()
-    if config.device == "cuda" and not cuda:
-        raise ConfigError("device: expected a CUDA GPU, found none; use --device cpu or auto")
-    schedule = {"constant": "constant_with_warmup"}.get(config.schedule, config.schedule)
-    return TrainingArguments(
-        output_dir=str(config.out),
-        per_device_train_batch_size=config.batch_rows,
-        per_device_eval_batch_size=config.batch_rows,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps or -1,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=schedule,
-        warmup_steps=config.warmup,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        seed=config.seed,
-        bf16=config.precision == "bf16",
-        use_cpu=config.device == "cpu" or not cuda,
-        eval_strategy="steps" if config.eval_every else "no",
-        eval_steps=config.eval_every or None,
-        save_strategy="steps" if config.save_every else "no",
-        save_steps=config.save_every or 500,
-        save_total_limit=config.keep_checkpoints,
-        logging_strategy="steps",
-        logging_steps=config.log_every,
-        log_level="error",
-        log_level_replica="error",
-        report_to="none",
-        remove_unused_columns=False,
-        dataloader_pin_memory=cuda and config.device != "cpu",
-    )

@@ -181,7 +181,8 @@ class Reporter(TrainerCallback):
             tqdm.write(evaluation_line(state.global_step, metrics, kl_is))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Complete the checkpoint that was just written."""
+        """Complete the checkpoint that was just written, by all processes."""
+        self.trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
             self.trainer.write_record(Path(args.output_dir or ".") / f"checkpoint-{state.global_step}")
 

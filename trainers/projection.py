@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tailcache.storage.errors import CorruptError
 
@@ -67,9 +68,18 @@ def without_projection(state: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in state.items() if not name.endswith(f"{_NAME}.weight")}
 
 
-def save_projection(layer: nn.Linear, folder: Path) -> None:
-    """Write it beside a checkpoint's weights."""
-    save_file({"weight": layer.weight.detach().cpu().contiguous()}, folder / PROJECTION_FILE)
+def save_projection(layer: nn.Linear, folder: Path, *, writes: bool = True) -> None:
+    """Write it beside a checkpoint's weights; where it is shared out among processes, all of them call this.
+
+    Args:
+      layer: the projection.
+      folder: of the checkpoint.
+      writes: whether this process writes.
+    """
+    weight = layer.weight.detach()
+    weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+    if writes:
+        save_file({"weight": weight.cpu().contiguous()}, folder / PROJECTION_FILE)
 
 
 def load_projection(layer: nn.Linear, folder: Path) -> None:
@@ -89,4 +99,6 @@ def load_projection(layer: nn.Linear, folder: Path) -> None:
     if weight.shape != layer.weight.shape:
         raise CorruptError(f"{path}: expected a matrix {list(layer.weight.shape)}, found {list(weight.shape)}")
     with torch.no_grad():
-        layer.weight.copy_(weight)
+        own: Any = layer.weight
+        weight = weight.to(own.device)
+        own.copy_(distribute_tensor(weight, own.device_mesh, own.placements) if isinstance(own, DTensor) else weight)

@@ -54,23 +54,35 @@ FREE_SETTINGS = {
     "wait_minutes",
     "epochs",
     "max_steps",
+    "rows_per_step",
+    "gradient_checkpointing",
+    "distributed",
+    "fsdp_reshard",
+    "fsdp_offload",
+    "fsdp_checkpoints",
+    "report_to",
+    "run_name",
+    "project",
+    "hub_model_id",
+    "hub_private",
+    "hub_strategy",
 }
 """Settings that may differ between a run and its continuation: they change where, how often or how long, not what."""
 
 
 def resolved(config: Any) -> dict[str, Any]:
     """A settings dataclass as plain JSON, defaults filled in."""
-
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        if isinstance(value, tuple | list):
-            return [plain(each) for each in value]
-        return str(value) if isinstance(value, Path) else value
-
-    result = plain(config)
+    result = _plain(config)
     assert isinstance(result, dict)
     return result
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple | list):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
@@ -105,12 +117,13 @@ def last_checkpoint(out: Path) -> Path | None:
     return max(complete)[1] if complete else None
 
 
-def check_resumable(checkpoint: Path, expected: dict[str, Any]) -> dict[str, Any]:
+def check_resumable(checkpoint: Path, expected: dict[str, Any], *, num_processes: int = 1) -> dict[str, Any]:
     """Refuse to continue a run with other data or another loss than it began with.
 
     Args:
       checkpoint: a complete checkpoint.
       expected: the record this run would write.
+      num_processes: of this run; for the message.
 
     Returns:
       The checkpoint's record.
@@ -134,8 +147,10 @@ def check_resumable(checkpoint: Path, expected: dict[str, Any]) -> dict[str, Any
         if found["rows_per_step"] != expected["rows_per_step"]:
             differences.append(
                 f"rows per step (batch_rows x gradient_accumulation x processes): the checkpoint has "
-                f"{found['rows_per_step']}, this run {expected['rows_per_step']}"
+                f"{found['rows_per_step']}, this run {expected['rows_per_step']}; "
+                f"{_keeping_batch(found['rows_per_step'], num_processes)}"
             )
+    was = _with_defaults(was)
     for name in sorted((was.keys() | now.keys()) - free):
         if was.get(name) != now.get(name):
             differences.append(f"{name}: the checkpoint has {was.get(name)}, this run {now.get(name)}")
@@ -146,6 +161,32 @@ def check_resumable(checkpoint: Path, expected: dict[str, Any]) -> dict[str, Any
             + ". Use the cache and settings it began with, or another --out"
         )
     return found
+
+
+def _keeping_batch(rows: int, num_processes: int) -> str:
+    """How to keep the rows of a step with so many processes."""
+    if rows % num_processes:
+        fitting = [str(n) for n in range(1, rows + 1) if rows % n == 0]
+        return f"{num_processes} processes cannot share {rows} rows evenly: start one of {', '.join(fitting)} processes"
+    share = rows // num_processes
+    sizes = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
+    return (
+        f"keep them with --rows-per-step {rows}, without --gradient-accumulation, and a --batch-rows that divides "
+        f"{share} ({sizes})"
+    )
+
+
+def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a checkpoint, with those that did not exist yet as they now are by default."""
+    from tailcache.trainers.config import StudentConfig, TrainConfig
+
+    def defaults(of: Any) -> dict[str, Any]:
+        found = {each.name: each.default for each in dataclasses.fields(of)}
+        return {name: _plain(value) for name, value in found.items() if value is not dataclasses.MISSING}
+
+    student = config.get("student")
+    filled = defaults(TrainConfig) | config
+    return filled if not isinstance(student, dict) else filled | {"student": defaults(StudentConfig) | student}
 
 
 def refuse_existing(out: Path) -> None:

@@ -21,7 +21,10 @@ from tailcache.storage.errors import ConfigError, NotFoundError
 from tailcache.storage.reader import Cache, Teacher, open_cache
 from tailcache.storage.several import AnyTeacher, Teachers
 from tailcache.storage.unfinished import Unfinished
-from tailcache.trainers.distill import DistillTrainer, training_arguments
+from tailcache.trainers.adapters import adapted
+from tailcache.trainers.arguments import rows_per_step, training_arguments
+from tailcache.trainers.distill import DistillTrainer
+from tailcache.trainers.hub import check_hub
 from tailcache.trainers.loss_config import parameters_of
 from tailcache.trainers.mixture_config import MixtureConfig
 from tailcache.trainers.mixture_weights import MixtureWeights
@@ -35,6 +38,7 @@ from tailcache.trainers.records import (
     resolved,
 )
 from tailcache.trainers.schedules import Schedule
+from tailcache.trainers.sharding import keep_environment
 from tailcache.trainers.student import Student, build_student
 
 if TYPE_CHECKING:
@@ -120,6 +124,7 @@ def _record_so_far(out: Path) -> dict[str, Any]:
     return {} if folder is None else read_record(folder)
 
 
+@keep_environment()
 def train(
     config: TrainConfig, *, live: Callable[[Teacher, torch.device], LiveTeacher] | None = None
 ) -> DistillTrainer | None:
@@ -138,6 +143,7 @@ def train(
         beside the student, and there is no ``live``.
       StudentError: the student cannot be built, or does not fit.
       MismatchError: another tokenizer; or a checkpoint made from other data or settings.
+      StorageError: the student is saved but could not be pushed to the hub.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -160,7 +166,7 @@ def train(
         "corpus_hash": teacher.corpus.hash,
         "teacher": teacher.name,
         "teacher_hash": teacher.hash,
-        "rows_per_step": config.batch_rows * config.gradient_accumulation * args.world_size,
+        "rows_per_step": rows_per_step(args),
         **({"teacher_shards": teacher.num_shards} if isinstance(teacher, Teacher) and teacher.is_prefix else {}),
         **({} if beside is None else {"online": beside.described}),
         "versions": {name: importlib.metadata.version(name) for name in ("tailcache", "torch", "transformers")},
@@ -174,9 +180,12 @@ def train(
         return None
     else:
         checkpoint = last_checkpoint(config.out)
-    restored = check_resumable(checkpoint, record) if checkpoint is not None else None
+    restored = None if checkpoint is None else check_resumable(checkpoint, record, num_processes=args.world_size)
+    if config.hub_model_id is not None and args.process_index == 0:
+        check_hub(config.hub_model_id, private=config.hub_private)
 
     student = build_student(config.student, teacher.corpus, seed=config.seed, begun=checkpoint)
+    student = adapted(student, config.student, seed=config.seed)
     record["student"] = _described(student)
     durable.make_folder(config.out)
     held_out = teacher.held_out_rows()
@@ -194,6 +203,7 @@ def train(
         workers=config.workers,
         data_state=None if restored is None else restored.get("data") or {"step": int(restored["step"])},
         live=beside,
+        merge_adapters=config.student.lora_rank is not None and config.student.lora_save == "merged",
     )
     trainer.reporter.continue_from(0 if restored is None else int(restored["step"]), fresh=restored is None)
     if restored is not None:
@@ -301,6 +311,7 @@ def _described(student: Student) -> dict[str, Any]:
     return {
         "class": type(model).__name__,
         "num_parameters": sum(p.numel() for p in model.parameters()),
+        "num_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "notes": student.notes,
     }
 
@@ -308,10 +319,12 @@ def _described(student: Student) -> dict[str, Any]:
 def _introduction(config: TrainConfig, trainer: DistillTrainer, student: Student, checkpoint: Path | None) -> list[str]:
     """What is about to happen, in a few lines."""
     corpus = trainer.teacher.corpus
+    counts = trainer.record["student"]
+    part = "" if counts["num_trained"] == counts["num_parameters"] else f", {counts['num_trained']:,} of them trained"
     lines = [
-        f"student: {type(student.model).__name__}, {trainer.record['student']['num_parameters']:,} parameters, "
-        f"{config.precision}",
+        f"student: {type(student.model).__name__}, {counts['num_parameters']:,} parameters{part}, {config.precision}",
         f"loss: {_loss_line(trainer)}",
+        f"batch: {_batch_line(trainer)}",
         f"data: {len(trainer.train_rows):,} rows for training and {len(trainer.held_out):,} held out, of "
         f"{corpus.num_targets:,} target positions in all",
         *(f"note: {note}" for note in student.notes),
@@ -332,6 +345,16 @@ def _introduction(config: TrainConfig, trainer: DistillTrainer, student: Student
     if checkpoint is not None:
         lines.append(f"continuing from {checkpoint} (step {read_record(checkpoint)['step']})")
     return lines
+
+
+def _batch_line(trainer: DistillTrainer) -> str:
+    """Rows of an optimizer step, and how they come about."""
+    args = trainer.args
+    shared = {"plain": "", "whole": ", shared out (FSDP)", "sharded": ", shared out (FSDP)"}[trainer.kind]
+    return (
+        f"{rows_per_step(args)} rows per optimizer step = {args.per_device_train_batch_size} rows x "
+        f"{args.gradient_accumulation_steps} forwards x {args.world_size} processes{shared}"
+    )
 
 
 def _prefix_note(teacher: AnyTeacher) -> list[str]:
