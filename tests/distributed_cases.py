@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -28,8 +29,14 @@ def config_of(settings: dict[str, Any]) -> Any:
     return TrainConfig(**{**settings, **paths, "student": StudentConfig(**student)})
 
 
+def kill(folder: Path) -> None:
+    """SIGKILL to every process of a launch; torchrun ends by itself when those it has started have."""
+    for path in folder.glob("pid-*"):
+        os.kill(int(path.read_text()), signal.SIGKILL)
+
+
 def launch(cases: list[dict[str, Any]], folder: Path, *, num_processes: int = 2) -> subprocess.Popen[str]:
-    """Start the cases in a process group of their own; output goes to FOLDER/log."""
+    """Start the cases; output goes to FOLDER/log, the processes' ids to FOLDER/pid-RANK."""
     (folder / "cases.json").write_text(json.dumps(cases))
     command = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
     with (folder / "log").open("w") as log:
@@ -39,7 +46,6 @@ def launch(cases: list[dict[str, Any]], folder: Path, *, num_processes: int = 2)
             stdout=log,
             stderr=log,
             text=True,
-            start_new_session=True,
         )
 
 
@@ -47,7 +53,9 @@ def main() -> None:
     """Run all cases; the process group is shared by them and ends with them."""
     from tailcache.trainers.run import train
 
-    for settings in json.loads(Path(sys.argv[1]).read_text()):
+    cases = Path(sys.argv[1])
+    (cases.parent / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
+    for settings in json.loads(cases.read_text()):
         print("case", settings["out"], flush=True)
         train(config_of(settings))
 

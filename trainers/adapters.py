@@ -63,7 +63,8 @@ def adapted(student: Student, config: StudentConfig, *, seed: int) -> Student:
     )
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # by peft
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)  # set right by peft itself
             torch.manual_seed(seed)
             model: Any = get_peft_model(student.model, settings)
     except ValueError as error:

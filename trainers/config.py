@@ -60,7 +60,9 @@ class _Adapters:
 
     def _check_adapters(self, checkpoint: str | None) -> None:
         if self.lora_rank is None:
-            given = [each.name for each in fields(_Adapters) if getattr(self, each.name) != each.default]
+            given = [
+                each.name for each in fields(_Adapters) if (getattr(self, each.name) or None) != (each.default or None)
+            ]
             if given:
                 raise ConfigError(f"student.{given[0]}: adapters need a rank; set student.lora_rank, such as 16")
             return

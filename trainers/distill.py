@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
@@ -159,6 +160,7 @@ class DistillTrainer(PortableTrainer):
         self.model_accepts_loss_kwargs = True  # older releases ask this instead of loss_is_scaled_for_ga
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
+        self._seat_trackers()
         self.reporter = Reporter(self)
         self.add_callback(self.reporter)
         self.loader: CacheLoader | None = None
@@ -179,6 +181,12 @@ class DistillTrainer(PortableTrainer):
         self._seat = None if self.head is None else HeadSeat(model)
         self._aids = objective.aids(teacher, args.device)
         check_documents_kept_apart(model, self._probe_rows(rows), self.layout)
+
+    def _seat_trackers(self) -> None:
+        """TensorBoard's files go to OUT/runs: asked to log before training begins, it would take ./runs."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = str(Path(self.args.output_dir or ".") / "runs")
 
     def _probe_rows(self, rows: NDArray[np.int64]) -> list[Any]:
         """The first rows of the corpus, up to one that packs several documents."""
