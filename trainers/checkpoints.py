@@ -162,6 +162,8 @@ class PortableTrainer(Trainer):
             self._save(str(folder), state_dict=self.whole_state())
         elif self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
+            student: Any = self.model
+            student.config.save_pretrained(folder)
 
 
 def _read_shards(folder: Path, state: dict[str, Any]) -> None:

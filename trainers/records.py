@@ -150,7 +150,7 @@ def check_resumable(checkpoint: Path, expected: dict[str, Any], *, num_processes
                 f"{found['rows_per_step']}, this run {expected['rows_per_step']}; "
                 f"{_keeping_batch(found['rows_per_step'], num_processes)}"
             )
-    was = _with_defaults(was)
+    was, now = _with_defaults(was), _with_defaults(now)
     for name in sorted((was.keys() | now.keys()) - free):
         if was.get(name) != now.get(name):
             differences.append(f"{name}: the checkpoint has {was.get(name)}, this run {now.get(name)}")
@@ -177,7 +177,7 @@ def _keeping_batch(rows: int, num_processes: int) -> str:
 
 
 def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a checkpoint, with those that did not exist yet as they now are by default."""
+    """The settings of a record, with those that it does not say as they are by default: it may be an older one."""
     from tailcache.trainers.config import StudentConfig, TrainConfig
 
     def defaults(of: Any) -> dict[str, Any]:
