@@ -53,6 +53,16 @@ def test_a_few_sizes_make_a_student_of_any_architecture(corpus: Corpus, model_ty
     assert student.notes == []
 
 
+def test_heads_of_a_student_made_from_sizes(corpus: Corpus) -> None:
+    sizes = StudentConfig(hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=16, num_layers=1)
+    attention: Any = build_student(sizes, corpus, seed=0).model.model.layers[0].self_attn
+    assert [attention.q_proj.out_features, attention.k_proj.out_features] == [64, 32]
+    with pytest.raises(StudentError, match=r"student.num_kv_heads: expected a number that divides the 4 .*found 3"):
+        build_student(StudentConfig(num_kv_heads=3), corpus, seed=0)
+    with pytest.raises(StudentError, match=r"student.num_kv_heads: expected an architecture with .*found 'gpt2'"):
+        build_student(StudentConfig(num_kv_heads=2, model_type="gpt2"), corpus, seed=0)
+
+
 def test_a_student_without_any_setting_is_a_small_llama(corpus: Corpus) -> None:
     config = build_student(StudentConfig(), corpus, seed=0).model.config
     assert (config.model_type, config.hidden_size, config.num_hidden_layers) == ("llama", 256, 4)

@@ -85,8 +85,8 @@ def architecture(config: StudentConfig, fit: Fit | None) -> PretrainedConfig:
             f"student.model_type: expected {base['model_type']!r}, the architecture of the teacher it is initialised "
             f"from, found {model_type!r}"
         )
-    fitted: dict[str, Any] = {"pad_token_id": None}
     # The padding row of an embedding gets no gradient, and tokenizers reuse a real token for padding.
+    fitted: dict[str, Any] = {"pad_token_id": None}
     if fit is not None:
         fitted |= {"vocab_size": fit.vocab_size, **fit.special_ids}
     elif "vocab_size" not in given and "vocab_size" not in base:
@@ -101,15 +101,22 @@ def architecture(config: StudentConfig, fit: Fit | None) -> PretrainedConfig:
             values.pop("model_type", None)
         else:
             values = dict(fitted)
-            if config.config is None:
+            if config.config is None and fit is not None:
                 kind = type(AutoConfig.for_model(model_type, **fitted))
-                values |= _sizes(config, kind, 2048 if fit is None else fit.context)
+                values |= _sizes(config, kind, fit.context)
             values |= given
-        return AutoConfig.for_model(model_type, **values)
+        found: Any = AutoConfig.for_model(model_type, **values)
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise StudentError(
             f"student: expected a configuration for the model type {model_type!r}, found: {in_short(error)}"
         ) from error
+    if config.num_kv_heads is not None and found.num_attention_heads % config.num_kv_heads:
+        raise StudentError(
+            f"student.num_kv_heads: expected a number that divides the {found.num_attention_heads} attention heads, "
+            f"found {config.num_kv_heads}"
+        )
+    assert isinstance(found, PretrainedConfig)
+    return found
 
 
 def layers_from(config: StudentConfig, teacher: PretrainedConfig, student: PretrainedConfig) -> tuple[int, ...]:
@@ -163,6 +170,11 @@ def _smaller(base: dict[str, Any], given: dict[str, Any], config: StudentConfig)
             sizes["head_dim"] = head_dim
     layers = config.layers
     if layers is not None:
+        if given.get("num_hidden_layers") not in (None, len(layers)):
+            raise StudentError(
+                f"student.layers: expected {given['num_hidden_layers']} of them, the num_hidden_layers of "
+                f"student.config, found {len(layers)}"
+            )
         sizes["num_hidden_layers"] = len(layers)
     if base.get("layer_types") is not None and "layer_types" not in sizes:
         num_layers = sizes.get("num_hidden_layers", base["num_hidden_layers"])
@@ -200,6 +212,10 @@ def _sizes(config: StudentConfig, kind: type[PretrainedConfig], context: int) ->
         "max_position_embeddings": context,
     }
     probe = kind()
+    if config.num_kv_heads is not None and not hasattr(probe, "num_key_value_heads"):
+        raise StudentError(
+            f"student.num_kv_heads: expected an architecture with key-value heads, found {kind.model_type!r}"
+        )
     wanted = {"head_dim"} if config.head_dim is not None else set()
     return {name: value for name, value in sizes.items() if name in wanted or hasattr(probe, name)}
 

@@ -132,7 +132,7 @@ class StudentConfig(_Adapters):
     """Width of its feed-forward part. Default: 8/3 of the hidden size, rounded up to a multiple of 32."""
 
     tie_embeddings: bool | None = None
-    """Whether its head shares the input embeddings. Default: yes."""
+    """Whether its head shares the input embeddings. Default: yes; with student.init_from as in the teacher."""
 
     layers: tuple[int, ...] | None = None
     """With student.init_from: the teacher's layers to take, ascending from 0. Default: as many as the student has,

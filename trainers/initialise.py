@@ -209,7 +209,7 @@ class _Cut:
         notes = [f"attention cut to {', '.join(cut)}"] if cut else []
         most = float(torch.maximum(self.turned, 1 / self.turned).max())
         if most > 1.0001:
-            notes.append(f"rotary pairs turn at up to {most:.2f} times, or one part in that, of the speed they had")
+            notes.append(f"rotary pairs turn up to {most:.2f} times as fast or as slow as they did")
         return notes
 
 
@@ -297,9 +297,10 @@ def _copy_attention(target: Any, source: Any, family: Family, cut: _Cut) -> None
     if own.bias is not None and linear.bias is not None:
         own.bias.copy_(linear.bias[: cut.width])
     for name in family.head_norms:
-        norm = getattr(target, name, None)
-        for parameter, value in norm.named_parameters() if norm is not None else ():
-            value.copy_(getattr(source, name).get_parameter(parameter)[dimensions])
+        norm, own_norm = getattr(source, name, None), getattr(target, name, None)
+        if norm is not None and own_norm is not None:
+            for parameter, value in own_norm.named_parameters():
+                value.copy_(norm.get_parameter(parameter)[dimensions])
 
 
 def _split(linear: Any, cut: _Cut) -> list[tuple[str, Tensor]]:

@@ -39,7 +39,7 @@ _FAILURES = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeErr
 
 
 def load_config(source: str, revision: str | None, *, where: str) -> PretrainedConfig:
-    """The configuration of a model; of one that also sees or hears, that of its text part.
+    """The configuration of a model.
 
     Args:
       source: a folder, a GGUF file, or a hub id.
@@ -55,9 +55,8 @@ def load_config(source: str, revision: str | None, *, where: str) -> PretrainedC
         raise StudentError(
             f"{where}: expected the configuration of a causal language model at {source!r}, found: {in_short(error)}"
         ) from error
-    config = found.get_text_config()
-    assert isinstance(config, PretrainedConfig)
-    return config
+    assert isinstance(found, PretrainedConfig)
+    return found
 
 
 def load_model(
