@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from children import FORKED
 from places import cache_folder
 from training_fixtures import make_cache, one_thread
 
@@ -123,7 +124,7 @@ def _comparable_files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_killed_side_by_side_and_begun_again_equals_undisturbed_one_after_another(
-    teacher: Teacher, tmp_path: Path, sequential: tuple[Path, list[RunResult]]
+    teacher: Teacher, tmp_path: Path, sequential: tuple[Path, list[RunResult]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep = tmp_path / "sweep.yaml"
     sweep.write_text(f"""
@@ -166,6 +167,7 @@ runs:
         _run(teacher, tmp_path / "out", "tad/seed-0", loss="tad", top_k=3, **shared),
     ]
     run_sweep(runs[:1], tmp_path / "out")
+    monkeypatch.setattr("multiprocessing.get_context", lambda _: FORKED)  # as above, but for the time of its imports
     results = run_sweep(runs, tmp_path / "out", parallel=2)  # the other one, in its own process
     undisturbed = [each for each in sequential[1] if each.status == "finished"]
     assert [each.status for each in results] == ["finished", "finished"]
