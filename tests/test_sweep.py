@@ -25,7 +25,7 @@ from tailcache.storage.reader import Teacher
 from tailcache.trainers.config import StudentConfig, TrainConfig
 from tailcache.trainers.records import JsonLines, last_checkpoint
 from tailcache.trainers.sweep import SweepRun, report_end, run_sweep
-from tailcache.trainers.sweep_results import ERROR, SETTINGS, RunResult, read_result, share_done
+from tailcache.trainers.sweep_results import ERROR, SETTINGS, RunResult, may_be_evaluated, read_result, share_done
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -264,6 +264,16 @@ def test_settings_that_are_younger_than_a_run_had_their_defaults(
     assert run_sweep([run], tmp_path)[0].status == "finished"
     with pytest.raises(MismatchError, match=r"weight_decay was 0\.1, and now is 0\.2"):
         run_sweep([replace(run, config=replace(run.config, weight_decay=0.2))], tmp_path)
+
+
+def test_what_cannot_be_evaluated_is_finished_without(teacher: Teacher, tmp_path: Path) -> None:
+    mixture = _run(teacher, tmp_path, "mixture", teachers=("a", "b"))
+    adapters = _run(teacher, tmp_path, "adapters")
+    plain = _run(teacher, tmp_path, "plain")
+    for run in (mixture, plain):
+        run.config.out.mkdir()
+        (run.config.out / "config.json").touch()
+    assert [may_be_evaluated(run.config) for run in (mixture, adapters, plain)] == [False, False, True]
 
 
 def test_settings_that_change_nothing_may_differ(teacher: Teacher, sequential: tuple[Path, list[RunResult]]) -> None:

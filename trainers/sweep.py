@@ -35,7 +35,15 @@ from tailcache.storage.reader import Cache, open_cache
 from tailcache.storage.several import BETWEEN, open_named
 from tailcache.trainers.config import TrainConfig
 from tailcache.trainers.records import FREE_SETTINGS, resolved
-from tailcache.trainers.sweep_results import ERROR, LOG, RunResult, read_result, read_settings, share_done
+from tailcache.trainers.sweep_results import (
+    ERROR,
+    LOG,
+    RunResult,
+    may_be_evaluated,
+    read_result,
+    read_settings,
+    share_done,
+)
 from tailcache.trainers.sweep_worker import FAILED, run_here, run_in_process
 
 __all__ = ["SweepRun", "report_end", "run_sweep"]
@@ -146,7 +154,8 @@ def _unfinished(runs: Sequence[SweepRun], evaluate: bool) -> list[SweepRun]:
     todo, differences = [], []
     for run in runs:
         result = run.result()
-        if result.status != "finished" or (evaluate and result.curve and not result.evaluation):
+        wanted = evaluate and bool(result.curve) and may_be_evaluated(run.config)
+        if result.status != "finished" or (wanted and not result.evaluation):
             todo.append(run)
         if not result.record:
             continue

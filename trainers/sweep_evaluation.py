@@ -14,7 +14,7 @@ from tailcache.trainers.config import StudentConfig
 from tailcache.trainers.evaluation import evaluate_student
 from tailcache.trainers.records import read_record
 from tailcache.trainers.student import build_student
-from tailcache.trainers.sweep_results import EVALUATION
+from tailcache.trainers.sweep_results import EVALUATION, may_be_evaluated
 
 if TYPE_CHECKING:
     from tailcache.trainers.config import TrainConfig
@@ -23,9 +23,10 @@ __all__ = ["evaluate_finished"]
 
 
 def evaluate_finished(config: TrainConfig) -> None:
-    """Write evaluation.json beside the student, unless it is there, nothing is held out, or it had several teachers.
+    """Write evaluation.json beside the student, unless it is there, nothing is held out, or it cannot be evaluated.
 
-    An evaluation is against one teacher; what a mixture's student is like is in its curve (``mixture_metrics``).
+    An evaluation is of a whole checkpoint against one teacher; what a mixture's student is like is in its curve
+    (``mixture_metrics``).
 
     Args:
       config: the settings of a run that has finished.
@@ -33,7 +34,7 @@ def evaluate_finished(config: TrainConfig) -> None:
     Raises:
       TailcacheError: the student that was saved cannot be evaluated.
     """
-    if (config.out / EVALUATION).is_file() or config.teachers:
+    if (config.out / EVALUATION).is_file() or not may_be_evaluated(config):
         return
     teacher = _teacher(config)
     rows = teacher.held_out_rows()[: config.eval_rows]

@@ -26,7 +26,17 @@ from tailcache.trainers.records import RECORD, JsonLines, last_checkpoint, read_
 if TYPE_CHECKING:
     from tailcache.trainers.config import TrainConfig
 
-__all__ = ["ERROR", "EVALUATION", "LOG", "SETTINGS", "RunResult", "read_result", "read_settings", "share_done"]
+__all__ = [
+    "ERROR",
+    "EVALUATION",
+    "LOG",
+    "SETTINGS",
+    "RunResult",
+    "may_be_evaluated",
+    "read_result",
+    "read_settings",
+    "share_done",
+]
 
 SETTINGS, ERROR, LOG, EVALUATION = "settings.json", "error.txt", "log.txt", "evaluation.json"
 
@@ -114,6 +124,11 @@ def read_result(name: str, folder: Path) -> RunResult:
         seconds=seconds or None,
         positions_per_s=positions / seconds if seconds and positions else None,
     )
+
+
+def may_be_evaluated(config: TrainConfig) -> bool:
+    """Whether a finished run has a student of its own (no adapters alone) and one teacher to compare it with."""
+    return not config.teachers and (config.out / "config.json").is_file()
 
 
 def share_done(config: TrainConfig) -> float:
