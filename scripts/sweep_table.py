@@ -74,7 +74,7 @@ COLUMNS = (
         key="full_ece",
         title="Full-ECE",
         value=_evaluated("full_ece"),
-        shown="{:.3f}".format,
+        shown="{:.4f}".format,
         teacher=_evaluated("teacher_full_ece"),
     ),
     Column(
