@@ -30,11 +30,12 @@ from tailcache.storage.errors import ConfigError, MismatchError, NotFoundError
 from tailcache.storage.reader import open_cache
 from tailcache.storage.several import Teachers
 from tailcache.trainers import divergences as d
+from tailcache.trainers.atkd import atkd, group_weights
 from tailcache.trainers.atoms import bucket_atoms
 from tailcache.trainers.batches import CacheRows, collate, teacher_terms
 from tailcache.trainers.config import StudentConfig, TrainConfig
 from tailcache.trainers.distill import DistillTrainer, training_arguments
-from tailcache.trainers.dkd import dkd
+from tailcache.trainers.dkd import dkd, target_atoms, without_target
 from tailcache.trainers.linear_head import LinearHead
 from tailcache.trainers.loader import CacheLoader
 from tailcache.trainers.loss_config import LossConfig
@@ -437,6 +438,31 @@ def test_every_loss_with_the_exact_tail_is_that_to_the_dense_mixture() -> None:
         total, parts = prepared.from_logits(logits, torch.tensor([0.0, 1.0]))
         assert_close(parts[:, 1], values.float().detach(), FLOAT32)
         assert_close(slope(total, logits), slope(values, logits), FLOAT32)
+
+
+def test_an_objective_gives_each_loss_of_a_sum_its_own_atoms() -> None:
+    """`sampled` on the union and `bucket` on the common ids, in one pass over the student's logits."""
+    problem = _problem(*PROBLEMS["three"])
+    stored = Stored(top_k=4, vocab_size=V, num_samples=5, num_teachers=3)
+    losses = (
+        LossConfig(name="kd", tail="sampled"),
+        LossConfig(name="reverse_kl", tail="bucket"),
+        LossConfig(name="tad", tail="sampled", top_k=SPLIT, beta=BETA),
+        LossConfig(name="atkd", tail="bucket", wraps="reverse_kl"),
+    )
+    objective = Objective(clm_weight=1.0, losses=losses, stored=stored)
+    batch = {"segments": SEGMENTS, "rows": SEGMENTS, "teacher": {}, "log_weights": problem.weights.log()}
+    prepared = objective.prepare(problem.mixture, batch, Aids(fills={}))
+    _, parts = prepared.from_logits(problem.logits, torch.ones(5).double())
+    student = student_terms(problem.logits, problem.mixture)
+    common = on_common(problem.mixture, student)
+    assert_close(parts[:, 1], _linear(problem, "kd", problem.mixture, sampled).detach(), FLOAT64)
+    assert_close(parts[:, 2], d.reverse_kl(*bucket_atoms(*common)).detach(), FLOAT64)
+    assert_close(parts[:, 3], _linear(problem, "tad", problem.mixture, sampled).detach(), FLOAT64)
+    weights, hard = group_weights(problem.p.scatter(-1, problem.mixture.next_tokens[:, None], 0.0).sum(-1).log())
+    others = d.reverse_kl(*bucket_atoms(*without_target(*common)))
+    expected = atkd(d.reverse_kl(*target_atoms(*common)), others, weights, hard)
+    assert_close(parts[:, 4], expected.detach(), FLOAT64)
 
 
 # -- soundness ----------------------------------------------------------------------------------------------------

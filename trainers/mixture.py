@@ -77,7 +77,7 @@ def mix(teachers: Sequence[TeacherTerms], log_weights_Tn: Tensor) -> TeacherTerm
     some_T1 = (log_tail_T > -torch.inf)[:, None]
     log_shares_Tn = torch.where(some_T1, tails_Tn - torch.where(some_T1, log_tail_T[:, None], 0.0), -torch.inf)
     entropies_Tn = torch.stack([each.tail_entropy for each in teachers], dim=-1)
-    beyond_Tn = torch.stack([_target_beyond(each) for each in teachers], dim=-1)
+    beyond_Tn = torch.stack([each.log_target_beyond for each in teachers], dim=-1)
     can_draw = all(each.num_samples > 0 for each in teachers if each.has_tail)
     drawing = [i for i, each in enumerate(teachers) if can_draw and each.has_tail]
     shares = [
@@ -163,13 +163,6 @@ def _check(teachers: Sequence[TeacherTerms], log_weights_Tn: Tensor) -> None:
             f"mixture: expected weights [{len(first)} positions, {len(teachers)} teachers], found "
             f"{list(log_weights_Tn.shape)}"
         )
-
-
-def _target_beyond(teacher: TeacherTerms) -> Tensor:
-    """[T] log of what is in one teacher's tail of p_i(y); where y is all that is left, the whole tail, to the digit."""
-    if teacher.top_k + 1 == teacher.vocab_size:
-        return torch.where(teacher.is_target.any(-1), -torch.inf, teacher.log_tail)
-    return teacher.log_target_beyond
 
 
 class _Union:
