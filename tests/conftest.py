@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections import Counter
@@ -30,6 +31,12 @@ def temporary_files_in_memory(folder: str = "/dev/shm", room: int = 4 << 30) -> 
 
 
 temporary_files_in_memory()
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay until the end: the collector of garbage, and the pages of forked processes, skip them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
