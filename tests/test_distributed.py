@@ -7,7 +7,10 @@ of two gets none of in its second forward. Trajectories are compared to 1e-5; th
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +20,7 @@ import pytest
 import torch
 from distributed_cases import config_of, kill, launch
 from places import cache_folder
-from training_fixtures import make_cache, one_thread, tiny_model
+from training_fixtures import LLAMA, make_cache, one_thread, tiny_model
 from transformers import AutoModelForCausalLM
 
 from tailcache.storage.errors import ConfigError, CorruptError, MismatchError
@@ -27,8 +30,8 @@ from tailcache.trainers.run import train
 
 pytestmark = pytest.mark.slow
 
-STEPS, HALF = 6, 2
-TIED = {"hidden_size": 16, "num_layers": 2, "num_heads": 2}
+STEPS, HALF = 5, 2
+TIED = {"hidden_size": 16, "num_layers": 1, "num_heads": 2}
 UNTIED = {**TIED, "tie_embeddings": False}
 TWO = {"batch_rows": 2, "rows_per_step": 8}
 CURVES = {
@@ -36,6 +39,7 @@ CURVES = {
     "metrics.jsonl": ("cross_entropy", "kl", "top1_agreement", "positions", "positions_seen"),
 }
 WHOLE: dict[str, Any] = {"distributed": "fsdp"}
+BF16: dict[str, Any] = {"precision": "bf16"}
 SHARDED: dict[str, Any] = {"distributed": "fsdp", "fsdp_checkpoints": "sharded"}
 
 # Runs of two processes from the first step on, and the run of one process that each must equal.
@@ -46,7 +50,8 @@ STRAIGHT: dict[str, tuple[str, dict[str, Any]]] = {
         "untied",
         {**SHARDED, "student": UNTIED, "head_mode": "recompute", "gradient_checkpointing": True},
     ),
-    "fsdp, bf16": ("bf16", {**WHOLE, "precision": "bf16"}),
+    "fsdp, bf16": ("bf16", {**WHOLE, **BF16}),
+    "fsdp, frozen and tied embeddings": ("frozen", WHOLE),
     "ddp, adapters": ("adapters", {}),
     "fsdp, adapters, checkpointing": ("adapters", {**WHOLE, "gradient_checkpointing": True}),
     "sharded, adapters, checkpointing": ("adapters", {**SHARDED, "gradient_checkpointing": True}),
@@ -78,8 +83,14 @@ class Runs:
 
     def __init__(self, teacher: Teacher, folder: Path) -> None:
         self.folder = folder
-        tiny_model(21, seed=5).save_pretrained(folder / "checkpoint")
-        self.students = {"adapters": {"checkpoint": str(folder / "checkpoint"), "lora_rank": 4}, "untied": UNTIED}
+        sizes = {**LLAMA, "num_hidden_layers": 1, "tie_word_embeddings": True}
+        tiny_model(21, seed=5, **sizes).save_pretrained(folder / "checkpoint")
+        checkpoint = {"checkpoint": str(folder / "checkpoint")}
+        self.students: dict[str, Any] = {
+            "adapters": {**checkpoint, "lora_rank": 4},
+            "frozen": {**checkpoint, "freeze_embeddings": True},
+            "untied": UNTIED,
+        }
         self.base: dict[str, Any] = {
             "cache": str(cache_folder(teacher.corpus)),
             "learning_rate": 1e-2,
@@ -108,7 +119,7 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(teacher: Teacher, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     runs = Runs(teacher, tmp_path_factory.mktemp("runs"))
-    for like, settings in (("tied", {}), ("untied", {}), ("adapters", {}), ("bf16", {"precision": "bf16"})):
+    for like, settings in (("tied", {}), ("untied", {}), ("adapters", {}), ("frozen", {}), ("bf16", BF16)):
         train(config_of(runs.settings(like, like, batch_rows=8, **settings)))
     cases = [runs.settings(name, like, **{**TWO, **settings}) for name, (like, settings) in STRAIGHT.items()]
     for name, (like, settings) in RESUMED.items():
@@ -189,6 +200,42 @@ def test_processes_that_are_killed_are_continued_by_one(runs: Runs) -> None:
     train(config_of(runs.settings("killed", "tied", **settings, batch_rows=4, resume=True)))
     train(config_of(runs.settings("not killed", "tied", **{**settings, "save_every": None}, batch_rows=8)))
     _equal(runs, "killed", "not killed")
+
+
+ACCELERATE = """
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+num_machines: 1
+num_processes: 2
+mixed_precision: "no"
+fsdp_config:
+  fsdp_version: 2
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_reshard_after_forward: true
+  fsdp_state_dict_type: SHARDED_STATE_DICT
+"""
+
+
+def test_accelerate_launch_and_its_own_file(runs: Runs, tmp_path: Path) -> None:
+    """FSDP2 as the file of accelerate says it, and the command as users give it."""
+    (tmp_path / "fsdp.yaml").write_text(ACCELERATE)
+    settings = runs.settings("launched", "tied", **TWO)
+    flags = [f"--student.{name.replace('_', '-')}={value}" for name, value in settings.pop("student").items()]
+    flags += [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "fsdp.yaml")),
+            *("-m", "tailcache.scripts.cli", "train", *flags),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "8 rows per optimizer step = 2 rows x 2 forwards x 2 processes, shared out (FSDP)" in done.stdout
+    assert kind_of(runs.folder / "launched" / f"checkpoint-{HALF}") == "sharded"
+    _equal(runs, "launched", "tied")
 
 
 def test_another_number_of_rows_per_step_is_refused_and_the_way_out_said(runs: Runs) -> None:
