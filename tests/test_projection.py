@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 import reference
 import torch
+from children import run_group
+from distributed_cases import TESTS, config_of
 from safetensors.torch import load_file
 from tokenizer_fixtures import build_tokenizer
 from torch import nn
@@ -170,11 +173,11 @@ def test_a_run_learns_it_and_saves_a_student_without_it(
     teacher: Teacher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    trainer = train(_config(teacher, out, max_steps=20, save_every=20))
+    trainer = train(_config(teacher, out, max_steps=16, save_every=16))
     assert trainer is not None
     assert "a learned projection from the student's width, 24, to the teacher's, 32" in capsys.readouterr().out
     lines = [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
-    assert lines[-1]["hidden_cosine"] < 0.8 * lines[0]["hidden_cosine"]
+    assert lines[-1]["hidden_cosine"] < 0.85 * lines[0]["hidden_cosine"]
     saved = load_file(out / "model.safetensors")
     assert not any("hidden_projection" in name for name in saved)
     assert not (out / PROJECTION_FILE).exists()
@@ -186,7 +189,7 @@ def test_a_run_learns_it_and_saves_a_student_without_it(
     assert all(torch.equal(trained[name], value) for name, value in loaded.state_dict().items())
     record = json.loads((out / "tailcache.json").read_text())
     assert record["student"]["num_parameters"] == loaded.num_parameters()
-    checkpoint = out / "checkpoint-20"
+    checkpoint = out / "checkpoint-16"
     assert not any("hidden_projection" in name for name in load_file(checkpoint / "model.safetensors"))
     assert trainer.projection is not None
     assert torch.equal(load_file(checkpoint / PROJECTION_FILE)["weight"], trainer.projection.weight)
@@ -219,6 +222,61 @@ def test_a_killed_run_continues_to_the_same_projection_and_weights(
     assert KEY in expected
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], value) for name, value in found.items())
+
+
+BOTH = """
+import json, sys
+sys.path.append(sys.argv[1])
+from distributed_cases import config_of
+from tailcache.trainers.run import train
+for settings in json.load(open(sys.argv[2])):
+    train(config_of(settings))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_it_as_one_does(teacher: Teacher, tmp_path: Path) -> None:
+    """DDP from the first step on; FSDP2 from a checkpoint of one process on."""
+    shared = {
+        "cache": str(teacher.corpus.cache_place),
+        "student": {"hidden_size": D, "num_layers": 1, "num_heads": 2},
+        "loss": "hidden_cosine",
+        "learning_rate": 1e-2,
+        "warmup": 0.0,
+        "max_steps": 4,
+        "save_every": 2,
+        "eval_every": 0,
+        "log_every": 1,
+        "device": "cpu",
+    }
+    train(config_of({**shared, "out": str(tmp_path / "one"), "batch_rows": 8}))
+    shutil.copytree(tmp_path / "one" / "checkpoint-2", tmp_path / "fsdp" / "checkpoint-2")
+    two = {**shared, "batch_rows": 2, "rows_per_step": 8}
+    cases: list[dict[str, Any]] = [
+        {**two, "out": str(tmp_path / "ddp")},
+        {**two, "out": str(tmp_path / "fsdp"), "distributed": "fsdp", "resume": True},
+    ]
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    run_group(BOTH, TESTS, tmp_path / "cases.json", size=2)
+
+    def curve(name: str) -> list[tuple[float, float]]:
+        lines = [json.loads(line) for line in (tmp_path / name / "training.jsonl").read_text().splitlines()]
+        return [(line["divergence"], line["grad_norm"]) for line in lines]
+
+    def projection(name: str) -> torch.Tensor:
+        return load_file(tmp_path / name / "checkpoint-4" / PROJECTION_FILE)["weight"]
+
+    assert len(curve("one")) == 4
+    start = attach_projection(nn.Sequential(nn.Linear(2, 2)), D, E, seed=0).weight
+    assert (projection("one") - start).abs().max() > 1e-2
+    for name, since in (("ddp", 0), ("fsdp", 2)):
+        for found, expected in zip(curve(name), curve("one")[since:], strict=True):
+            assert found == pytest.approx(expected, rel=1e-5)
+        assert (projection(name) - projection("one")).abs().max() < 1e-4
+        load: Any = AutoModelForCausalLM.from_pretrained
+        _, info = load(tmp_path / name, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
 
 
 def test_a_checkpoint_without_it_or_of_another_width_is_refused(tmp_path: Path) -> None:
