@@ -573,7 +573,7 @@ def test_the_loss_of_a_trainer_is_that_to_the_dense_mixture(caches: Caches, tmp_
         found = parts["values"][:, 1].double().mean()
         assert expected.mean() - low < found < expected.mean() + high
         metrics = trainer.held_out_metrics(trainer.held_out)
-        assert {"kl_upper", f"kl_{teachers.teachers[0].name}", f"kl_{teachers.teachers[1].name}"} < metrics.keys()
+        assert {"kl_upper", *(f"kl/{each.name}" for each in teachers.teachers)} < metrics.keys()
         assert metrics["kl"] <= metrics["kl_upper"]
         assert trainer.kl_is == ("exact" if teachers is caches.whole else "lower bound")
 
@@ -757,6 +757,10 @@ def test_documents_of_targets_are_counted_by_side_and_over_rows(caches: Caches) 
 
 def test_weights_that_cannot_be_are_refused(caches: Caches, tmp_path: Path) -> None:
     corpus = caches.small.corpus
+    three = MixtureWeights(corpus=corpus, constant=(1.0, 1.0, 1.0))
+    for teacher, num in ((caches.small, 2), (caches.small.teachers[0], 1)):
+        with pytest.raises(ConfigError, match=f"expected those of {num} teachers .*, found 3"):
+            MixtureWeights.for_teacher(teacher, three)
     even: dict[str, Any] = {"corpus": corpus, "constant": (1.0, 1.0)}
     num = corpus.num_rows
     for values, message in (

@@ -136,7 +136,7 @@ class DistillTrainer(PortableTrainer):
         self.live = live
         self.objective = objective
         self.layout: Layout = layout or default_layout(model)
-        self.mixture_weights = mixture_weights or MixtureWeights.default(teacher)
+        self.mixture_weights = MixtureWeights.for_teacher(teacher, mixture_weights)
         self.record = record or {}
         self.positions_seen = 0
         corpus = teacher.corpus

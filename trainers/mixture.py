@@ -153,7 +153,8 @@ def on_common(teacher: TeacherTerms, student: StudentTerms) -> tuple[TeacherTerm
 def _check(teachers: Sequence[TeacherTerms], log_weights_Tn: Tensor) -> None:
     first = teachers[0]
     for each in teachers[1:]:
-        if each.vocab_size != first.vocab_size or not torch.equal(each.next_tokens, first.next_tokens):
+        same = each.next_tokens is first.next_tokens or torch.equal(each.next_tokens, first.next_tokens)
+        if each.vocab_size != first.vocab_size or not same:
             raise MismatchError(
                 f"mixture: expected targets of the same positions of one corpus, found {len(first)} positions over "
                 f"{first.vocab_size} ids and {len(each)} over {each.vocab_size}, or other next tokens"

@@ -5,7 +5,7 @@ lower bound of its KL, unbiased as an estimate of that bound, and ``kl_upper`` w
 student has no part in their difference, so students of one mixture are compared by either). Without draws, ``kl`` is
 that of the common ids, and there is no ``kl_upper``. ``teacher_cross_entropy`` is exact. ``top1_agreement`` is about
 the id of which most is known; it is the mixture's own unless one that some teacher did not store is nearly as likely.
-``kl_NAME`` is the KL from each teacher alone, as a run with that teacher reports it.
+``kl/NAME`` is the KL from each teacher alone, as a run with that teacher reports it.
 
 Legend: T target positions, n teachers.
 """
@@ -36,7 +36,7 @@ def held_out_names(teacher: AnyTeacher) -> tuple[str, ...]:
     if not isinstance(teacher, Teachers):
         return METRICS
     bounded = teacher.num_samples > 0 or all(each.top_k == each.vocab_size for each in teacher.teachers)
-    return (*METRICS, *(["kl_upper"] if bounded else []), *(f"kl_{each.name}" for each in teacher.teachers))
+    return (*METRICS, *(["kl_upper"] if bounded else []), *(f"kl/{each.name}" for each in teacher.teachers))
 
 
 def held_out_kl_is(teacher: AnyTeacher) -> str:

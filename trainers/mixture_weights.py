@@ -115,11 +115,21 @@ class MixtureWeights:
         return cls(corpus=teachers.corpus, constant=tuple(constant), **given)
 
     @classmethod
-    def default(cls, teacher: AnyTeacher) -> MixtureWeights | None:
-        """Equal weights; None for a single teacher."""
-        if not isinstance(teacher, Teachers):
-            return None
-        return cls(corpus=teacher.corpus, constant=(1.0,) * len(teacher.teachers))
+    def for_teacher(cls, teacher: AnyTeacher, given: MixtureWeights | None) -> MixtureWeights | None:
+        """The weights that are given for several teachers, by default equal ones; None for a single teacher.
+
+        Raises:
+          ConfigError: they are for another number of teachers, or of another corpus.
+        """
+        num = len(teacher.teachers) if isinstance(teacher, Teachers) else 1
+        if given is None:
+            return cls(corpus=teacher.corpus, constant=(1.0,) * num) if num > 1 else None
+        if len(given.constant) != num or given.corpus.hash != teacher.corpus.hash:
+            raise ConfigError(
+                f"mixture weights: expected those of {num} teachers of the corpus {teacher.corpus.hash}, found "
+                f"{len(given.constant)} of {given.corpus.hash}"
+            )
+        return given
 
     @property
     def hash(self) -> str | None:
@@ -139,7 +149,7 @@ class MixtureWeights:
           batch: of ``batches.collate`` with the targets of n teachers, whole rows. One without targets, of a loader
             that was not to read them, comes back as it is.
         """
-        if field_name(len(self.constant) - 1, "token_ids") not in batch["teacher"]:
+        if field_name(1, "token_ids") not in batch["teacher"]:
             return batch
         base_Tn = torch.from_numpy(self._base(batch["rows"].numpy()))
         log_w_Tn = base_Tn.log()
