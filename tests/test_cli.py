@@ -78,7 +78,15 @@ def test_every_setting_of_prepare_is_explained(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["prepare", "--help"], ["train", "--help"], ["prepare", "--cache", "x"], ["prepar"]]
+    "arguments",
+    [
+        ["--help"],
+        ["prepare", "--help"],
+        ["train", "--help"],
+        ["student", "--help"],
+        ["prepare", "--cache", "x"],
+        ["prepar"],
+    ],
 )
 def test_nothing_heavy_is_imported_for_help(arguments: list[str]) -> None:
     code = (

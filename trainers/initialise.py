@@ -1,8 +1,9 @@
 """Give a new student parts of its teacher: embeddings, attention cut per head, and, if wanted, feed-forward parts.
 
-The student is of the teacher's architecture and nowhere larger. Everything that is cut is cut by choosing entries, so a
-student of the teacher's sizes gets the teacher's weights; what is chosen says ``truncation``. Of a hidden width, the
-first columns are kept, everywhere alike, so that embeddings, attention and norms still speak of the same ones.
+The student is of the teacher's architecture and nowhere larger. Entries are chosen (only key-value heads are averaged,
+where several become one), so a student of the teacher's sizes gets the teacher's weights; ``truncation`` says which. Of
+a hidden width, the first columns are kept, everywhere alike, so that embeddings, attention and norms still speak of
+the same ones.
 
 * Embeddings: the rows of all ids that both have, with the head (weight and bias) and the norm before it. A tied student
   of an untied teacher has the input embeddings for both.
