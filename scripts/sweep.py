@@ -35,12 +35,13 @@ def sweep(config: TrainCommand) -> SweepTable:
     if config.sweep is None:
         raise ConfigError("sweep: expected a sweep file, found none")
     runs = sweep_runs(load_sweep(config.sweep), config.shared)
-    run_sweep(runs, config.out, parallel=config.parallel)
+    results = run_sweep(runs, config.out, parallel=config.parallel)
     table, files = report(runs, config.out)
     print(f"\n{table.text()}\n\nwritten to {config.out}: {', '.join(path.name for path in files)}")
-    if table.failures:
+    bad = [f"{each.name} ({each.error or each.status})" for each in results if each.status != "finished"]
+    if bad:
         raise IncompleteError(
-            f"{config.out}: {len(table.failures)} of {len(runs)} runs failed, listed above; the same command tries "
+            f"{config.out}: {len(bad)} of {len(runs)} runs have not finished: {'; '.join(bad)}. The same command tries "
             "them again, and leaves alone what has finished"
         )
     return table

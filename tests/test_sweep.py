@@ -18,6 +18,7 @@ from children import FORKED
 from places import cache_folder
 from training_fixtures import make_cache, one_thread
 
+from tailcache.scripts.cli import main
 from tailcache.scripts.sweep_table import sweep_table
 from tailcache.storage.errors import ConfigError, IncompleteError, MismatchError
 from tailcache.storage.place import open_place
@@ -26,6 +27,24 @@ from tailcache.trainers.config import StudentConfig, TrainConfig
 from tailcache.trainers.records import JsonLines, last_checkpoint
 from tailcache.trainers.sweep import SweepRun, report_end, run_sweep
 from tailcache.trainers.sweep_results import ERROR, SETTINGS, RunResult, may_be_evaluated, read_result, share_done
+
+SWEEP = """
+base:
+  cache: {cache}
+  out: {out}
+  student: {{hidden_size: 24, num_layers: 1, num_heads: 2}}
+  batch_rows: 4
+  max_steps: 23
+  eval_every: 8
+  log_every: 5
+  learning_rate: 1e-2
+  save_every: 5
+  device: cpu
+  threads: 1
+runs:
+  tad: {{loss: tad, top_k: 3}}
+  {runs}
+"""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -127,23 +146,9 @@ def test_killed_side_by_side_and_begun_again_equals_undisturbed_one_after_anothe
     teacher: Teacher, tmp_path: Path, sequential: tuple[Path, list[RunResult]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep = tmp_path / "sweep.yaml"
-    sweep.write_text(f"""
-base:
-  cache: {cache_folder(teacher.corpus)}
-  out: {tmp_path / "out"}
-  student: {{hidden_size: 24, num_layers: 1, num_heads: 2}}
-  batch_rows: 4
-  max_steps: 23
-  eval_every: 8
-  log_every: 5
-  learning_rate: 1e-2
-  save_every: 5
-  device: cpu
-  threads: 1
-runs:
-  kd: {{loss: kd, seed: 1}}
-  tad: {{loss: tad, top_k: 3, seed: 0}}
-""")
+    sweep.write_text(
+        SWEEP.format(cache=cache_folder(teacher.corpus), out=tmp_path / "out", runs="kd: {loss: kd, seed: 1}")
+    )
     folders = [tmp_path / "out" / name for name in ("kd/seed-1", "tad/seed-0")]
     command = [sys.executable, "-m", "tailcache.scripts.cli", "train", "--sweep", str(sweep)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
@@ -185,7 +190,7 @@ runs:
     [
         (-9, "its process was killed by SIGKILL (out of memory?)"),
         (-11, "its process was killed by SIGSEGV;"),
-        (3, "its process exited with 3"),
+        (1, "its process exited with 1"),
     ],
 )
 def test_a_process_that_dies_without_a_word_is_a_failure(
@@ -264,6 +269,23 @@ def test_settings_that_are_younger_than_a_run_had_their_defaults(
     assert run_sweep([run], tmp_path)[0].status == "finished"
     with pytest.raises(MismatchError, match=r"weight_decay was 0\.1, and now is 0\.2"):
         run_sweep([replace(run, config=replace(run.config, weight_decay=0.2))], tmp_path)
+
+
+def test_the_command_ends_with_a_table_and_names_what_failed(
+    teacher: Teacher, tmp_path: Path, sequential: tuple[Path, list[RunResult]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(sequential[0] / "tad", tmp_path / "tad" / "seed-0")
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(
+        SWEEP.format(cache=cache_folder(teacher.corpus), out=tmp_path, runs="exact: {loss: kd, tail: exact}")
+    )
+    assert main(["train", "--sweep", str(sweep)]) == 1
+    shown = capsys.readouterr()
+    assert "1 of 2 runs have not finished: exact/seed-0 (" in shown.err
+    assert "exact (0 of 1 runs)" in shown.out
+    assert "failed: exact/seed-0:" in shown.out
+    figures = json.loads((tmp_path / "sweep.json").read_text())["rows"]
+    assert [row["figures"]["kl"] is None for row in figures] == [False, True]
 
 
 def test_what_cannot_be_evaluated_is_finished_without(teacher: Teacher, tmp_path: Path) -> None:

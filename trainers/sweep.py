@@ -279,11 +279,10 @@ class _Bar:
     """One bar over all runs, moved by what each of those that are running has written to its log."""
 
     def __init__(self, todo: Sequence[SweepRun], shown: bool) -> None:
-        self._total = len(todo)
-        done = sum(share_done(run.config) for run in todo)  # before a restart: no part of the speed
+        self._todo = todo
         self._bar = tqdm(
-            total=self._total,
-            initial=done,
+            total=len(todo),
+            initial=sum(share_done(run.config) for run in todo),  # before a restart: no part of the speed
             desc="sweep",
             disable=not shown,
             dynamic_ncols=True,
@@ -298,10 +297,11 @@ class _Bar:
 
     def show(self, running: Sequence[SweepRun], ended: Sequence[SweepRun]) -> None:
         """Move it to where the runs are."""
-        shares = [share_done(run.config) for run in running]
-        self._bar.n = len(ended) + sum(shares)
-        now = ", ".join(f"{run.name} {share:.0%}" for run, share in zip(running, shares, strict=True))
-        self._bar.set_postfix_str(f"{len(ended)} of {self._total} runs done" + (f"; {now}" if now else ""))
+        over = {run.name for run in ended}
+        shares = {run.name: 1.0 if run.name in over else share_done(run.config) for run in self._todo}
+        self._bar.n = sum(shares.values())
+        now = "".join(f"; {run.name} {shares[run.name]:.0%}" for run in running)
+        self._bar.set_postfix_str(f"{len(ended)} of {len(self._todo)} runs done{now}")
 
 
 def report_end(run: SweepRun, exitcode: int | None) -> None:

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["run_here", "run_in_process"]
 
-FAILED = 1
+FAILED = 70
+"""Exit status of a process whose run has failed and said why; 1 is Python's for an end nobody foresaw."""
 
 
 def run_here(config: TrainConfig, *, evaluate: bool) -> bool:
