@@ -1,4 +1,4 @@
-"""The place on a local disk: what every place promises, and what locks promise between processes."""
+"""The place on a local disk: what it promises beyond every place (``test_places``): locks, links, what is no file."""
 
 from __future__ import annotations
 
@@ -19,58 +19,12 @@ def place(tmp_path: Path) -> LocalPlace:
     return LocalPlace(tmp_path / "cache")
 
 
-def test_what_is_written_is_read(place: LocalPlace) -> None:
-    place.write("a/b.bin", b"0123456789")
-    assert place.read("a/b.bin") == (place / "a").read("b.bin") == b"0123456789"
-    assert place.read_ranges("a/b.bin", [(8, 20), (0, 2)]) == [b"89", b"01"]
-    assert place.read_end("a/b.bin", 3) == (b"789", 10)
-    assert place.read_end("a/b.bin", 30) == (b"0123456789", 10)
-    assert (place.size("a/b.bin"), place.size("a"), place.size("a/b.bin/c"), place.size("x")) == (10, None, None, None)
-    place.write("a/b.bin", b"new")
-    place.write("z.bin", b"")
-    assert list(place.files()) == [("a/b.bin", 3), ("z.bin", 0)]
-    assert place.folders() == ["a"]
-    assert place.folders("missing") == []
-    place.move("a/b.bin", "c/d.bin")
-    assert list(place.files("c")) == [("c/d.bin", 3)]
-    place.delete("z.bin")
-    place.delete("z.bin")
-    place.delete_all("c")
-    assert list(place.files()) == []
-
-
 @pytest.mark.parametrize("name", ["missing", "here/below"])
 def test_a_missing_file_is_said_to_be_missing(place: LocalPlace, name: str) -> None:
     place.write("here", b"")
     for read in (place.read, lambda n: place.read_end(n, 1), lambda n: place.read_ranges(n, [(0, 1)])):
         with pytest.raises((FileNotFoundError, NotADirectoryError)):
             read(name)
-
-
-def test_create_keeps_what_is_there(place: LocalPlace) -> None:
-    assert place.create("x/claimed", b"first")
-    assert not place.create("x/claimed", b"second")
-    assert place.read("x/claimed") == b"first"
-    assert list(place.files()) == [("x/claimed", 5)]
-
-
-def test_a_file_beyond_its_limit_is_not_read(place: LocalPlace) -> None:
-    place.write("big.json", b"x" * 100)
-    assert len(place.read_limited("big.json", 100)) == 100
-    with pytest.raises(CorruptError, match=r"big\.json: expected at most 99 bytes, found 100"):
-        place.read_limited("big.json", 99)
-
-
-def test_a_claim_is_held_by_one(place: LocalPlace) -> None:
-    claim = place.claim("claims/0")
-    assert claim is not None
-    assert place.claim("claims/0") is None
-    claim.release()
-    claim.release()
-    assert list(place.files()) == []
-    again = place.claim("claims/0")
-    assert again is not None
-    again.release()
 
 
 def test_a_claim_ends_with_its_process(place: LocalPlace) -> None:
