@@ -13,7 +13,7 @@ A document that does not exist yet is made with every place and every plot, and 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,31 +41,27 @@ def write_report(results: dict[str, Any], document: Path) -> list[Path]:
       DataError: the document has a mark of an unknown name, or no mark at all.
     """
     text = document.read_text(encoding="utf-8") if document.is_file() else _bare()
-    made = filled(text, results, str(document))
+    paths = {name: document.parent / "images" / f"study_{name}.png" for name in PLOTS}
+    filled(text, results, str(document), ())  # refuses wrong marks before anything is written
+    drawn = [name for name, draw in PLOTS.items() if draw(results, paths[name])]
     durable.make_folder(document.parent)
-    drawn = []
-    for name, draw in PLOTS.items():
-        path = document.parent / "images" / f"study_{name}.png"
-        if draw(results, path):
-            drawn.append(path)
-    durable.write_file(document, made.encode())
-    return drawn
+    durable.write_file(document, filled(text, results, str(document), drawn).encode())
+    return [paths[name] for name in drawn]
 
 
 def _bare() -> str:
     """A document with every table and plot, for a study that has none of its own."""
-    blocks = [f"<!-- study: {name} -->\n<!-- end -->\n" for name in TABLES]
-    images = [f"![{name}](images/study_{name}.png)\n" for name in PLOTS]
-    return "\n".join(["# The study\n", *blocks, *images])
+    return "\n".join(["# The study\n", *(f"<!-- study: {name} -->\n<!-- end -->\n" for name in TABLES)])
 
 
-def filled(text: str, results: dict[str, Any], where: str) -> str:
-    """The document with its marked places filled.
+def filled(text: str, results: dict[str, Any], where: str, drawn: Sequence[str]) -> str:
+    """The document with its marked places filled: each with its table, and the plots that belong to it.
 
     Args:
       text: of the document.
       results: what results.json holds.
       where: the document, for messages.
+      drawn: the names of the plots there are.
 
     Raises:
       DataError: a mark of an unknown name, a mark without an end, or no mark at all.
@@ -79,7 +75,22 @@ def filled(text: str, results: dict[str, Any], where: str) -> str:
             f"{where}: expected places `<!-- study: NAME -->` … `<!-- end -->` on lines of their own, found "
             f"{len(marks)} beginnings and {text.count('<!-- end -->')} ends"
         )
-    return _PLACE.sub(lambda place: f"{place[1]}{TABLES[place[2]](results)}\n{place[4]}", text)
+
+    def content(name: str) -> str:
+        plots = [f"\n![{_SHOWS[plot]}](images/study_{plot}.png)\n" for plot in _BELONGS.get(name, ()) if plot in drawn]
+        return "".join([f"{TABLES[name](results)}\n", *plots])
+
+    return _PLACE.sub(lambda place: f"{place[1]}{content(place[2])}{place[4]}", text)
+
+
+_BELONGS = {"students": ("kl", "cross_entropy"), "tad": ("grid",), "worth": ("worth",), "tail_masses": ("tail_mass",)}
+_SHOWS = {
+    "kl": "held-out KL to the teacher against positions seen, with 95 % bands",
+    "cross_entropy": "held-out cross-entropy against positions seen, with 95 % bands",
+    "grid": "held-out KL of TAD minus that of KD against beta, for each K, with 95 % bands",
+    "worth": "KL lost against bytes per position, with 95 % bands",
+    "tail_mass": "tail mass against K, with 95 % bands",
+}
 
 
 # ---- plots ----

@@ -126,7 +126,7 @@ SIZES: dict[Which, StudySize] = {
         student=ModelSize(hidden_size=96, num_layers=2, num_heads=3),
         teacher_positions=3_600_000,
         warm_positions=1_000_000,
-        student_positions=600_000,
+        student_positions=400_000,
         smollm2_tokens=60_000,
     ),
     "gpu": StudySize(

@@ -10,6 +10,8 @@ from typing import Any
 
 __all__ = ["TABLES", "shown"]
 
+_ALONE = " (one seed)"
+
 
 def shown(
     figure: dict[str, float | None] | None, digits: int = 4, *, difference: bool = False, scale: float = 1
@@ -28,7 +30,7 @@ def shown(
     text = f"{scale * figure['value']:{sign}.{digits}f}"
     low, high = figure["low"], figure["high"]
     if low is None or high is None:
-        return f"{text} (one seed)"
+        return f"{text}{_ALONE}"
     text += f" [{scale * low:{sign}.{digits}f}, {scale * high:{sign}.{digits}f}]"
     return f"**{text}**" if difference and (low > 0 or high < 0) else text
 
@@ -77,7 +79,7 @@ def _students(results: dict[str, Any]) -> str:
     special = [("the teacher", results.get("teacher")), ("before the arms part", results.get("start"))]
     for title, figures in special:
         if figures is not None:
-            rows.append((title, "", *_figures(figures), ""))
+            rows.append((title, "", *(text.removesuffix(_ALONE) for text in _figures(figures)), ""))
     for each in results["students"].values():
         rows.append((each["title"], str(len(each["seeds"])), *_figures(each), f"{each['seconds'] / 60:.1f}"))
     return _table(header, rows)

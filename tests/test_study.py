@@ -276,16 +276,20 @@ def test_every_table_has_its_place_in_the_document_once() -> None:
 def test_words_written_by_hand_stay_and_marks_are_checked() -> None:
     results: dict[str, Any] = {"questions": {"tails": {"drop": {"value": 0.5, "low": 0.25, "high": 0.75}}}}
     text = "Before.\n<!-- study: tails -->\nold\n<!-- end -->\nAfter.\n"
-    made = filled(text, results, "study.md")
+    made = filled(text, results, "study.md", ())
     assert made.startswith("Before.\n<!-- study: tails -->\n| tail beyond K = 10 |")
     assert "**+0.5000 [+0.2500, +0.7500]**" in made
     assert made.endswith("<!-- end -->\nAfter.\n")
     assert "old" not in made
-    assert filled(made, results, "study.md") == made
+    assert filled(made, results, "study.md", ()) == made
+    worth = {"questions": {"worth": []}}
+    text_worth = text.replace("tails", "worth")
+    assert "Not run yet" in filled(text_worth, worth, "study.md", ())
+    assert "](images/study_worth.png)\n<!-- end -->" in filled(text_worth, worth, "study.md", ("worth", "kl"))
     with pytest.raises(DataError, match=r"study\.md: there is no table tales"):
-        filled(text.replace("tails", "tales"), results, "study.md")
+        filled(text.replace("tails", "tales"), results, "study.md", ())
     with pytest.raises(DataError, match="found 1 beginnings and 0 ends"):
-        filled(text.replace("<!-- end -->", ""), results, "study.md")
+        filled(text.replace("<!-- end -->", ""), results, "study.md", ())
 
 
 def test_figures_are_shown_with_their_intervals() -> None:
@@ -350,6 +354,7 @@ def test_the_whole_study_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytes
     assert abs(live["KD"]["kl"]["value"]) < 0.2 * learnt
     text = (tmp_path / "study.md").read_text(encoding="utf-8")
     assert "KD, live teacher" in text
+    assert "](images/study_kl.png)" in text
     assert (tmp_path / "images" / "study_kl.png").is_file()
     monkeypatch.setitem(study_settings.SIZES, "smoke", replace(tiny, student_positions=6000))
     with pytest.raises(ConfigError, match="holds a study with another student_positions"):
