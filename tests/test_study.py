@@ -282,7 +282,7 @@ def test_words_written_by_hand_stay_and_marks_are_checked() -> None:
     assert made.endswith("<!-- end -->\nAfter.\n")
     assert "old" not in made
     assert filled(made, results, "study.md", ()) == made
-    worth = {"questions": {"worth": []}}
+    worth: dict[str, Any] = {"questions": {"worth": []}}
     text_worth = text.replace("tails", "worth")
     assert "Not run yet" in filled(text_worth, worth, "study.md", ())
     assert "](images/study_worth.png)\n<!-- end -->" in filled(text_worth, worth, "study.md", ("worth", "kl"))
