@@ -1,8 +1,9 @@
 """What each process of a launch runs: several training runs, one after another, in the processes of one launch.
 
-    python -m torch.distributed.run --standalone --nproc-per-node 2 distributed_cases.py CASES.json
+    accelerate launch --config_file fsdp.yaml distributed_cases.py CASES.json
 
-CASES.json is a list of settings of ``TrainConfig``; a case that fails ends the launch.
+CASES.json is a list of settings of ``TrainConfig``; a case that fails ends the launch. What accelerate's file says of
+FSDP holds for cases with ``from_file``; the others are as under torchrun, which accelerate starts the processes with.
 """
 
 from __future__ import annotations
@@ -16,6 +17,18 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).parent
+ACCELERATE = """
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+num_machines: 1
+num_processes: 2
+mixed_precision: "no"
+fsdp_config:
+  fsdp_version: 2
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_reshard_after_forward: true
+  fsdp_state_dict_type: SHARDED_STATE_DICT
+"""
 
 
 def config_of(settings: dict[str, Any]) -> Any:
@@ -30,15 +43,16 @@ def config_of(settings: dict[str, Any]) -> Any:
 
 
 def kill(folder: Path) -> None:
-    """SIGKILL to every process of a launch; torchrun ends by itself when those it has started have."""
+    """SIGKILL to every process of a launch; the launcher ends by itself when those it has started have."""
     for path in folder.glob("pid-*"):
         os.kill(int(path.read_text()), signal.SIGKILL)
 
 
-def launch(cases: list[dict[str, Any]], folder: Path, *, num_processes: int = 2) -> subprocess.Popen[str]:
+def launch(cases: list[dict[str, Any]], folder: Path) -> subprocess.Popen[str]:
     """Start the cases; output goes to FOLDER/log, the processes' ids to FOLDER/pid-RANK."""
     (folder / "cases.json").write_text(json.dumps(cases))
-    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+    (folder / "fsdp.yaml").write_text(ACCELERATE)
+    command = ["accelerate.commands.launch", "--config_file", str(folder / "fsdp.yaml")]
     with (folder / "log").open("w") as log:
         return subprocess.Popen(
             [sys.executable, "-m", *command, str(TESTS / "distributed_cases.py"), str(folder / "cases.json")],
@@ -55,9 +69,16 @@ def main() -> None:
 
     cases = Path(sys.argv[1])
     (cases.parent / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
+    file = {
+        name: os.environ.pop(name) for name in list(os.environ) if name.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))
+    }
     for settings in json.loads(cases.read_text()):
         print("case", settings["out"], flush=True)
+        from_file = settings.pop("from_file", False)
+        os.environ.update(file if from_file else {})
         train(config_of(settings))
+        for name in file:
+            os.environ.pop(name, None)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,7 @@ of two gets none of in its second forward. Trajectories are compared to 1e-5; th
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,13 +36,15 @@ CURVES = {
     "metrics.jsonl": ("cross_entropy", "kl", "top1_agreement", "positions", "positions_seen"),
 }
 WHOLE: dict[str, Any] = {"distributed": "fsdp"}
+RS_KD: dict[str, Any] = {"loss": "rs_kd", "student": UNTIED}
 BF16: dict[str, Any] = {"precision": "bf16"}
 SHARDED: dict[str, Any] = {"distributed": "fsdp", "fsdp_checkpoints": "sharded"}
 
 # Runs of two processes from the first step on, and the run of one process that each must equal.
 STRAIGHT: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddp, checkpointing": ("tied", {"gradient_checkpointing": True}),
-    "fsdp": ("tied", {**WHOLE, "batch_rows": 4}),
+    "ddp, recompute, checkpointing": ("tied", {"gradient_checkpointing": True, "head_mode": "recompute"}),
+    "ddp, rs_kd": ("rs_kd", RS_KD),
+    "fsdp, from accelerate's file": ("tied", {"from_file": True, "batch_rows": 4}),
     "fsdp, recompute, checkpointing": (
         "untied",
         {**SHARDED, "student": UNTIED, "head_mode": "recompute", "gradient_checkpointing": True},
@@ -119,8 +118,16 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(teacher: Teacher, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     runs = Runs(teacher, tmp_path_factory.mktemp("runs"))
-    for like, settings in (("tied", {}), ("untied", {}), ("adapters", {}), ("frozen", {}), ("bf16", BF16)):
-        train(config_of(runs.settings(like, like, batch_rows=8, **settings)))
+    alone: dict[str, dict[str, Any]] = {
+        "tied": {},
+        "untied": {},
+        "adapters": {},
+        "frozen": {},
+        "bf16": BF16,
+        "rs_kd": RS_KD,
+    }
+    for like, settings in alone.items():
+        train(config_of(runs.settings(like, like, **{"batch_rows": 8, **settings})))
     cases = [runs.settings(name, like, **{**TWO, **settings}) for name, (like, settings) in STRAIGHT.items()]
     for name, (like, settings) in RESUMED.items():
         runs.halfway(like, name)
@@ -163,8 +170,8 @@ def test_two_processes_train_as_one(runs: Runs, name: str) -> None:
         _equal(runs, name, like)
     record = json.loads((runs.folder / name / "tailcache.json").read_text())
     assert record["rows_per_step"] == 8
-    kind = {"whole": "whole", "sharded": "sharded"}.get(settings.get("fsdp_checkpoints", "whole"))
-    expected = kind if settings.get("distributed") == "fsdp" else "plain"
+    expected = settings.get("fsdp_checkpoints", "whole") if "distributed" in settings else "plain"
+    expected = "sharded" if "from_file" in settings else expected
     assert kind_of(runs.folder / name / f"checkpoint-{HALF}") == expected
 
 
@@ -189,7 +196,8 @@ def test_one_process_goes_on_from_two(runs: Runs, name: str) -> None:
     """Weights, the optimizer's state, the schedule and the place in the data, from every kind of checkpoint."""
     like = STRAIGHT[name][0]
     runs.halfway(name, f"back from {name}")
-    train(config_of(runs.settings(f"back from {name}", like, batch_rows=4, rows_per_step=8, resume=True)))
+    own = {"batch_rows": 4, "rows_per_step": 8, "resume": True, **(RS_KD if like == "rs_kd" else {})}
+    train(config_of(runs.settings(f"back from {name}", like, **own)))
     _equal(runs, f"back from {name}", like, since=HALF)
 
 
@@ -202,45 +210,9 @@ def test_processes_that_are_killed_are_continued_by_one(runs: Runs) -> None:
     _equal(runs, "killed", "not killed")
 
 
-ACCELERATE = """
-compute_environment: LOCAL_MACHINE
-distributed_type: FSDP
-num_machines: 1
-num_processes: 2
-mixed_precision: "no"
-fsdp_config:
-  fsdp_version: 2
-  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
-  fsdp_reshard_after_forward: true
-  fsdp_state_dict_type: SHARDED_STATE_DICT
-"""
-
-
-def test_accelerate_launch_and_its_own_file(runs: Runs, tmp_path: Path) -> None:
-    """FSDP2 as the file of accelerate says it, and the command as users give it."""
-    (tmp_path / "fsdp.yaml").write_text(ACCELERATE)
-    settings = runs.settings("launched", "tied", **TWO)
-    flags = [f"--student.{name.replace('_', '-')}={value}" for name, value in settings.pop("student").items()]
-    flags += [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "fsdp.yaml")),
-            *("-m", "tailcache.scripts.cli", "train", *flags),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "8 rows per optimizer step = 2 rows x 2 forwards x 2 processes, shared out (FSDP)" in done.stdout
-    assert kind_of(runs.folder / "launched" / f"checkpoint-{HALF}") == "sharded"
-    _equal(runs, "launched", "tied")
-
-
 def test_another_number_of_rows_per_step_is_refused_and_the_way_out_said(runs: Runs) -> None:
     for name in ("few", "wrong"):
-        runs.halfway("ddp, checkpointing", name)
+        runs.halfway("ddp, recompute, checkpointing", name)
     with pytest.raises(MismatchError, match=r"8, this run 2; keep them with --rows-per-step 8.* \(1, 2, 4, 8\)"):
         train(config_of(runs.settings("few", "tied", batch_rows=2, resume=True)))
     with pytest.raises(ConfigError, match=r"gives 8 rows to each of 1 processes.*set batch_rows to 1, 2, 4 or 8"):
