@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArgument
 
 from tailcache.storage.errors import ConfigError, MismatchError, StorageError
 from tailcache.storage.reader import Teacher
-from tailcache.trainers.arguments import training_arguments
+from tailcache.trainers.arguments import _accumulation, training_arguments
 from tailcache.trainers.config import StudentConfig, TrainConfig
 from tailcache.trainers.distill import DistillTrainer
 from tailcache.trainers.run import train
@@ -301,3 +301,12 @@ def test_checkpoints_from_before_a_setting_existed_are_continued(teacher: Teache
     trainer = train(_config(teacher, tmp_path, **settings, max_steps=2, resume=True))
     assert trainer is not None
     assert trainer.state.global_step == 2
+
+
+def test_rows_that_processes_cannot_share_are_refused_with_numbers_that_fit(teacher: Teacher, tmp_path: Path) -> None:
+    config = _config(teacher, tmp_path, batch_rows=2, rows_per_step=12)
+    assert [_accumulation(config, processes) for processes in (1, 2, 3, 6)] == [6, 3, 2, 1]
+    with pytest.raises(ConfigError, match=r"shared out evenly among 5 processes; start 1, 2, 3, 4 or 6"):
+        _accumulation(config, 5)
+    with pytest.raises(ConfigError, match=r"3 rows to each of 4 processes, .*; set batch_rows to 1 or 3"):
+        _accumulation(config, 4)
