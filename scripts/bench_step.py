@@ -221,12 +221,14 @@ class _Turn:
     Attributes:
       steps: how many.
       step_s: mean time of a step, waiting for data and the start of the epoch's reading included.
+      cpu_s: mean processor time of a step, over all threads of the process: other work on the machine adds little.
       waited: share of the time in which the training waited for data.
       teacher_s: mean time of a step in which the teacher ran beside it.
     """
 
     steps: int
     step_s: float
+    cpu_s: float
     waited: float
     teacher_s: float
 
@@ -307,6 +309,7 @@ def _figures(rounds: list[dict[str, _Turn]]) -> dict[str, Any]:
         "step_s": {role: ratio(lambda turns, role=role: turns[role].step_s) for role in ROLES},  # type: ignore[misc]
         "waited": {role: ratio(lambda turns, role=role: turns[role].waited) for role in ROLES},  # type: ignore[misc]
         "cache_over_clm": ratio(lambda turns: turns["cache"].step_s / turns["clm"].step_s),
+        "cache_over_clm_in_processor_time": ratio(lambda turns: turns["cache"].cpu_s / turns["clm"].cpu_s),
         "online_over_clm": ratio(lambda turns: turns["online"].step_s / turns["clm"].step_s),
         "online_over_cache": ratio(lambda turns: turns["online"].step_s / turns["cache"].step_s),
         "clm_and_teacher_over_clm": ratio(lambda turns: 1 + turns["online"].teacher_s / turns["clm"].step_s),
@@ -376,13 +379,14 @@ class _Training:
 
     def turn(self) -> _Turn:
         """Train once through the rows, or for the steps of an online turn."""
-        before = 0.0 if self.live is None else self.live.seconds
+        before, cpu = 0.0 if self.live is None else self.live.seconds, time.process_time()
         self.trainer.train()
         seconds = self.ended - self.began
         assert self.trainer.loader is not None
         return _Turn(
             steps=int(self.steps),
             step_s=seconds / self.steps,
+            cpu_s=(time.process_time() - cpu) / self.steps,
             waited=self.trainer.loader.waited_s / seconds,
             teacher_s=0.0 if self.live is None else (self.live.seconds - before) / self.steps,
         )

@@ -73,6 +73,7 @@ def test_every_training_is_measured_and_a_missed_bar_is_an_error(
     assert figures["cache_over_clm"]["min"] >= step["cache"]["min"] / step["clm"]["max"]
     assert figures["clm_and_teacher_over_clm"]["median"] > 1
     assert all(0 <= share["median"] < 1 for share in figures["waited"].values())
+    assert figures["cache_over_clm_in_processor_time"]["min"] > 0
     assert [bar["met"] for bar in record["bars"]] == [True, True]
 
 
