@@ -32,10 +32,12 @@ def sweep(config: TrainCommand) -> SweepTable:
       IncompleteError: another sweep works in OUT, or runs failed; the report has been written nevertheless.
       MismatchError: a finished run was made with other settings.
     """
+    from tailcache.scripts.train import run as train_one
+
     if config.sweep is None:
         raise ConfigError("sweep: expected a sweep file, found none")
     runs = sweep_runs(load_sweep(config.sweep), config.shared)
-    results = run_sweep(runs, config.out, parallel=config.parallel)
+    results = run_sweep(runs, config.out, parallel=config.parallel, train=train_one)
     table, files = report(runs, config.out)
     print(f"\n{table.text()}\n\nwritten to {config.out}: {', '.join(path.name for path in files)}")
     bad = [f"{each.name} ({each.error or each.status})" for each in results if each.status != "finished"]

@@ -288,6 +288,13 @@ def test_the_command_ends_with_a_table_and_names_what_failed(
     assert [row["figures"]["kl"] is None for row in figures] == [False, True]
 
 
+def test_another_way_to_train(teacher: Teacher, tmp_path: Path) -> None:
+    seen: list[TrainConfig] = []
+    [result] = run_sweep([_run(teacher, tmp_path, "kd")], tmp_path, train=seen.append, evaluate=False)
+    assert result.status == "interrupted"  # nothing was trained
+    assert [(each.out, each.resume) for each in seen] == [(tmp_path / "kd", True)]
+
+
 def test_what_cannot_be_evaluated_is_finished_without(teacher: Teacher, tmp_path: Path) -> None:
     mixture = _run(teacher, tmp_path, "mixture", teachers=("a", "b"))
     adapters = _run(teacher, tmp_path, "adapters")
@@ -337,6 +344,9 @@ def test_runs_must_be_told_apart(teacher: Teacher, tmp_path: Path) -> None:
         run_sweep([run, run], tmp_path)
     with pytest.raises(ConfigError, match="one folder per run"):
         run_sweep([run, replace(run, name="other")], tmp_path)
+    pushed = [_run(teacher, tmp_path, name, hub_model_id="me/student") for name in ("a", "b")]
+    with pytest.raises(ConfigError, match="one hub_model_id per run, found several runs with me/student"):
+        run_sweep(pushed, tmp_path)
     with pytest.raises(ConfigError, match="at least one run"):
         run_sweep([], tmp_path)
     with pytest.raises(ConfigError, match="parallel: expected at least 1"):

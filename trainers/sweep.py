@@ -19,7 +19,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import wait
@@ -49,6 +49,8 @@ from tailcache.trainers.sweep_worker import FAILED, run_here, run_in_process
 __all__ = ["SweepRun", "report_end", "run_sweep"]
 
 LOCK = "sweep.lock"
+
+Train = Callable[[TrainConfig], Any]
 
 _LOOK_SECONDS = 2.0
 """Between two looks at the logs of the runs that are going on."""
@@ -87,6 +89,7 @@ def run_sweep(
     *,
     parallel: int = 1,
     evaluate: bool = True,
+    train: Train | None = None,
     show_progress: bool = True,
 ) -> list[RunResult]:
     """Train what has not finished yet.
@@ -96,6 +99,7 @@ def run_sweep(
       folder: the sweep's own, held by a lock while it works.
       parallel: so many runs at a time, each in its own process; 1 uses this one.
       evaluate: also evaluate each finished student on the held-out rows, once (see ``evaluation``).
+      train: what trains a run; default: ``run.train``. For several at a time, a function of a module.
       show_progress: a line per run, or a bar over all of them.
 
     Returns:
@@ -114,9 +118,9 @@ def run_sweep(
     try:
         todo = _unfinished(runs, evaluate)
         if todo and parallel > 1:
-            _run_parallel(todo, parallel, evaluate, show_progress)
+            _run_parallel(todo, parallel, evaluate, train, show_progress)
         elif todo:
-            _run_here(todo, len(runs), evaluate, show_progress)
+            _run_here(todo, len(runs), evaluate, train, show_progress)
         return [run.result() for run in runs]
     finally:
         claim.release()
@@ -135,6 +139,7 @@ def _check(runs: Sequence[SweepRun], parallel: int) -> None:
     for what, values in (
         ("name", [run.name for run in runs]),
         ("folder", [os.path.abspath(run.config.out) for run in runs]),
+        ("hub_model_id", [run.config.hub_model_id for run in runs if run.config.hub_model_id is not None]),
     ):
         twice = sorted({value for value in values if values.count(value) > 1})
         if twice:
@@ -211,7 +216,7 @@ def _ready(run: SweepRun, threads: int | None) -> TrainConfig:
 # ---- one after another ----
 
 
-def _run_here(todo: Sequence[SweepRun], total: int, evaluate: bool, show_progress: bool) -> None:
+def _run_here(todo: Sequence[SweepRun], total: int, evaluate: bool, train: Train | None, show_progress: bool) -> None:
     import torch
 
     threads = torch.get_num_threads()
@@ -226,7 +231,7 @@ def _run_here(todo: Sequence[SweepRun], total: int, evaluate: bool, show_progres
             bad = f", {failed} failed" if failed else ""
             print(f"\n== run {total - len(todo) + index + 1} of {total}: {run.name}{bad}{left}", flush=True)
         try:
-            failed += not run_here(_ready(run, None), evaluate=evaluate)
+            failed += not run_here(_ready(run, None), evaluate=evaluate, train=train)
         finally:
             torch.set_num_threads(threads)
         gc.collect()
@@ -243,7 +248,9 @@ def _clock(seconds: float) -> str:
 # ---- several at a time ----
 
 
-def _run_parallel(todo: Sequence[SweepRun], parallel: int, evaluate: bool, show_progress: bool) -> None:
+def _run_parallel(
+    todo: Sequence[SweepRun], parallel: int, evaluate: bool, train: Train | None, show_progress: bool
+) -> None:
     slots = min(parallel, len(todo))
     threads = max(1, _processors() // slots)
     gpus = _gpus()
@@ -256,7 +263,7 @@ def _run_parallel(todo: Sequence[SweepRun], parallel: int, evaluate: bool, show_
                 for slot in sorted(set(range(slots)) - running.keys())[: len(waiting)]:
                     run = waiting.pop()
                     gpu = gpus[slot % len(gpus)] if gpus else None
-                    work = (_ready(run, threads), gpu, evaluate)
+                    work = (_ready(run, threads), gpu, evaluate, train)
                     process = spawn.Process(target=run_in_process, args=work, name=run.name)
                     process.start()
                     running[slot] = (run, process)

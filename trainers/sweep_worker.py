@@ -15,9 +15,9 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tailcache.storage import durable
 from tailcache.storage.errors import IncompleteError, TailcacheError
@@ -28,18 +28,21 @@ from tailcache.trainers.sweep_results import ERROR, LOG, SETTINGS
 if TYPE_CHECKING:
     from tailcache.trainers.config import TrainConfig
 
+    Train = Callable[[TrainConfig], Any]
+
 __all__ = ["run_here", "run_in_process"]
 
 FAILED = 70
 """Exit status of a process whose run has failed and said why; 1 is Python's for an end nobody foresaw."""
 
 
-def run_here(config: TrainConfig, *, evaluate: bool) -> bool:
+def run_here(config: TrainConfig, *, evaluate: bool, train: Train | None = None) -> bool:
     """Train one student, or go on where it was, and evaluate it; a failure is written down, not raised.
 
     Args:
       config: with `resume`.
       evaluate: also leave evaluation.json.
+      train: what trains; ``run.train`` where none is given.
 
     Returns:
       Whether it has finished.
@@ -50,9 +53,7 @@ def run_here(config: TrainConfig, *, evaluate: bool) -> bool:
             (config.out / ERROR).unlink(missing_ok=True)
             text = json.dumps(resolved(config), indent=2, sort_keys=True) + "\n"
             durable.write_file(config.out / SETTINGS, text.encode())
-            from tailcache.trainers.run import train
-
-            train(config)
+            (train or _train())(config)
             if evaluate:
                 from tailcache.trainers.sweep_evaluation import evaluate_finished
 
@@ -64,13 +65,20 @@ def run_here(config: TrainConfig, *, evaluate: bool) -> bool:
     return True
 
 
-def run_in_process(config: TrainConfig, gpu: str | None, evaluate: bool) -> None:
+def _train() -> Train:
+    from tailcache.trainers.run import train
+
+    return train
+
+
+def run_in_process(config: TrainConfig, gpu: str | None, evaluate: bool, train: Train | None) -> None:
     """What a process that was spawned for one run does.
 
     Args:
       config: the run's settings, with `resume` and `threads`.
       gpu: the one GPU it may see, as CUDA_VISIBLE_DEVICES says it; None leaves the environment as it is.
       evaluate: as for `run_here`.
+      train: likewise.
     """
     threading.Thread(target=_die_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep hears it too, and ends its processes
@@ -85,7 +93,7 @@ def run_in_process(config: TrainConfig, gpu: str | None, evaluate: bool) -> None
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
-    done = run_here(config, evaluate=evaluate)
+    done = run_here(config, evaluate=evaluate, train=train)
     sys.stdout.flush()
     sys.exit(0 if done else FAILED)
 
