@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import LocalTokenNotFoundError
+from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 from places import cache_folder
 from training_fixtures import LLAMA, make_cache, objective_for, one_thread, tiny_model
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
@@ -197,14 +197,16 @@ def test_a_token_that_cannot_push_is_found_out_before_training(
     def none(api: HfApi) -> Any:
         raise LocalTokenNotFoundError("no token found")
 
+    def offline(api: HfApi) -> Any:
+        raise OfflineModeIsEnabled("offline mode is enabled")
+
     Hub(monkeypatch, role="read")
     with pytest.raises(ConfigError, match="hub_model_id: expected a token that may write to student, found one that"):
         train(_config(teacher, tmp_path / "out", hub_model_id="student"))
     monkeypatch.setattr(HfApi, "whoami", none)
     with pytest.raises(ConfigError, match=r"cannot push to student: no token found. Log in with `hf auth login`"):
         train(_config(teacher, tmp_path / "out", hub_model_id="student"))
-    monkeypatch.undo()
-    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    monkeypatch.setattr(HfApi, "whoami", offline)
     with pytest.raises(ConfigError, match=r"hub_model_id: cannot push to student: .*offline mode is enabled"):
         train(_config(teacher, tmp_path / "out", hub_model_id="student"))
     assert not (tmp_path / "out").exists()
