@@ -63,7 +63,7 @@ def storm(cache: Path, model: str, *, processes: int, kills: int, seed: int = 0)
 @pytest.mark.slow
 def test_fifty_kills_over_one_capture(tmp_path: Path, tally: Tally) -> None:
     model = save_teacher(tmp_path / "model", tiny_model("llama", V))
-    write_corpus(tmp_path / "whole", pack(random_documents(80, vocab_size=V, seed=1), 2), vocab_size=V)
+    write_corpus(tmp_path / "whole", pack(random_documents(240, vocab_size=V, seed=1), 2), vocab_size=V)
     for processes in (1, 2):
         shutil.copytree(tmp_path / "whole", tmp_path / f"killed{processes}")
     assert storm(tmp_path / "whole", model, processes=1, kills=0) == []
