@@ -421,7 +421,14 @@ def test_a_model_that_cannot_be_split_is_captured_too(cache: Path) -> None:
 KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
+from tailcache.pipeline import rows
 from tailcache.scripts import cli
+batch_segments = rows.batch_segments
+def slowly(*arguments):
+    for batch in batch_segments(*arguments):
+        time.sleep(0.04)
+        yield batch
+rows.batch_segments = slowly
 seed, most, cache, *flags = sys.argv[1:]
 commits = Path(cache) / "teachers" / "t" / "commits"
 generator, kills, committed = random.Random(int(seed)), 0, []
@@ -435,7 +442,7 @@ while True:
         while done == 0 and count() == before and kills % 3:
             time.sleep(0.001)
             done, status = os.waitpid(child, os.WNOHANG)
-        time.sleep(generator.random() * (0.06 if kills % 3 else 0.6))
+        time.sleep(generator.random() * (0.06 if kills % 3 else 0.4))
         if done == 0:
             done, status = os.waitpid(child, os.WNOHANG)
         if done == 0:
