@@ -124,7 +124,7 @@ SIZES: dict[Which, StudySize] = {
         held_out_tokens=40_000,
         teacher=ModelSize(hidden_size=192, num_layers=6, num_heads=6),
         student=ModelSize(hidden_size=96, num_layers=2, num_heads=3),
-        teacher_positions=3_600_000,
+        teacher_positions=3_000_000,
         warm_positions=1_000_000,
         student_positions=400_000,
         smollm2_tokens=60_000,
