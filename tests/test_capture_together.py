@@ -213,7 +213,7 @@ def test_a_cache_is_found_sound_at_every_moment_of_its_capture(corpus: Path, mod
     """Verified again and again while two processes write and one of them finishes."""
     shutil.copytree(corpus, tmp_path / "cache")
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(together, tmp_path / "cache", model, processes=2, slow=0.02)
+        running = pool.submit(together, tmp_path / "cache", model, processes=2, slow=0.1)
         looks = 0
         while not running.done():
             assert verify(tmp_path / "cache", level=LEVELS[looks % 2]) == []
