@@ -819,7 +819,7 @@ def _kill_runs_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
         {},
         {**MOVING, "head_mode": "recompute"},
         {"loss": "rs_kd"},
-        {"losses": (LossConfig(name="atkd"), LossConfig(name="jsd", tail="prior", weight=0.5))},
+        {"losses": (LossConfig(name="atkd"), LossConfig(name="jsd", tail="prior", weight=0.5)), "log_every": 4},
     ],
     ids=["tad", "schedules", "rs_kd", "several"],
 )
