@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import fields
 from typing import Any
 
@@ -178,7 +177,7 @@ def test_when_the_loops_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled._is_installed.cache_clear()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(compiled, "find_spec", lambda _: None)
     monkeypatch.setattr(compiled, "_num_decoded", [10**9])
     try:
         monkeypatch.setenv(SWITCH, "auto")
