@@ -48,7 +48,6 @@ def _is_installed() -> bool:
     return find_spec("numba") is not None
 
 
-@lru_cache(maxsize=1)
 def _loops() -> ModuleType:
     from tailcache.storage import decode_loops as loops
 

@@ -61,7 +61,8 @@ def derive_cache(
       ConfigError: what is asked for cannot be.
       CorruptError: a source is damaged.
     """
-    names, left_out = _teachers(caches, teachers)
+    sources, left_out = _teachers(caches, teachers)
+    names = list(sources)
     if name is not None and len(names) != 1:
         raise ConfigError(
             f"--name: expected one teacher to be named, found {', '.join(names) or 'none'}; use --teachers"
@@ -69,42 +70,40 @@ def derive_cache(
     selection = select([cache.corpus for cache in caches], rows=rows, split=split)
     same = selection.unchanged
     if not same or change is not None:
-        for each in names:
-            check_change([cache.teacher(each) for cache in caches], change or Change())
+        for opened in sources.values():
+            check_change(opened, change or Change())
     elif name not in (None, *names):
         raise ConfigError("--name: a copy keeps its teacher's name; --re-encode gives it another")
     corpus = copy_corpus(caches[0].place, target, on_bytes) if same else derive_corpus(selection, target)
     found = Derived(corpus=corpus, left_out=left_out)
-    for each in names:
+    for each, opened in sources.items():
         if same and change is None:
             copy_teacher(caches[0].place, target, each, on_bytes)
             found.copied.append(each)
         else:
-            sources = [cache.teacher(each) for cache in caches]
-            derive_teacher(sources, selection, corpus, name or each, change or Change(), on_positions)
+            derive_teacher(opened, selection, corpus, name or each, change or Change(), on_positions)
             found.derived.append(name or each)
     return found
 
 
-def _teachers(caches: Sequence[Cache], wanted: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Which teachers are in every cache, finished; and which of the first are not finished."""
-    finished: list[list[str]] = []
+def _teachers(caches: Sequence[Cache], wanted: Sequence[str]) -> tuple[dict[str, list[Teacher]], list[str]]:
+    """The finished teachers that are in every cache, by name; and names of those of the first that are not finished."""
+    finished: list[dict[str, Teacher]] = []
     unfinished: list[str] = []
     for cache in caches:
-        finished.append([])
+        finished.append({})
         for name in wanted or cache.teacher_names:
             try:
-                Teacher(cache.corpus, name)
-                finished[-1].append(name)
+                finished[-1][name] = Teacher(cache.corpus, name)
             except IncompleteError:
                 if wanted:
                     raise
                 unfinished.append(name)
-    for cache, names in zip(caches, finished, strict=True):
-        missing = set(finished[0]).symmetric_difference(names)
+    for cache, found in zip(caches, finished, strict=True):
+        missing = finished[0].keys() ^ found.keys()
         if missing:
             raise NotFoundError(
                 f"{cache.place}: expected the same finished teachers as {caches[0].place}, found a difference: "
                 f"{', '.join(sorted(missing))}; choose with --teachers"
             )
-    return finished[0], unfinished
+    return {name: [found[name] for found in finished] for name in finished[0]}, unfinished

@@ -6,7 +6,7 @@ import gc
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -37,6 +37,13 @@ def pytest_collection_finish() -> None:
     """Modules and tests stay until the end: the collector of garbage, and the pages of forked processes, skip them."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Where a test asks for more threads, those of the next module do without them."""
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

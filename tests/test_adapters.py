@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from places import cache_folder
-from training_fixtures import LLAMA, make_cache, objective_for, one_thread, tiny_model
+from training_fixtures import LLAMA, make_cache, objective_for, tiny_model
 from transformers import AutoModelForCausalLM
 
 from tailcache.storage.errors import ConfigError, MismatchError, StudentError
@@ -32,12 +31,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "tied": {**LLAMA, "tie_word_embeddings": True},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},  # its layers hold their weights transposed
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

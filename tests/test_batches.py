@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_cases import BOUNDARY
 from torch import nn
-from training_fixtures import LLAMA, logprobs_of, make_cache, one_thread, tiny_model
+from training_fixtures import LLAMA, logprobs_of, make_cache, tiny_model
 
 from tailcache.storage.blocks import gather, read_block
 from tailcache.storage.errors import MismatchError, NotFoundError, StudentError
@@ -32,12 +31,6 @@ from tailcache.trainers.batches import (
 from tailcache.trainers.forward import HeadSeat, check_documents_kept_apart, default_layout, target_logits
 
 LAYOUTS: list[Layout] = ["rows", "flat", "documents"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,6 @@ from training_fixtures import (
     make_cache,
     make_corpus,
     objective_for,
-    one_thread,
     tiny_model,
     write_teacher,
 )
@@ -54,12 +53,6 @@ from tailcache.trainers.soundness import SOUND_TAILS
 
 SMALL = StudentConfig(hidden_size=32, num_layers=2, num_heads=2)
 KL = partial(objective_for, clm_weight=0.0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Training on the loader: other workers, other numbers of processes and older checkpoints see the same rows."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 from children import run_group
 from test_distill import SMALL, TWO_PROCESSES, _config, _lines
-from training_fixtures import make_cache, one_thread
+from training_fixtures import make_cache
 
 from tailcache.storage.errors import ConfigError, MismatchError
 from tailcache.storage.reader import Teacher
@@ -17,12 +16,6 @@ from tailcache.trainers.distill import DistillTrainer
 from tailcache.trainers.run import train
 
 LASTING: dict[str, Any] = {"schedule": "constant", "warmup": 0.0, "save_every": 1, "log_every": 1, "eval_every": 0}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import pytest
 import torch
 from distributed_cases import config_of, kill, launch
 from places import cache_folder
-from training_fixtures import LLAMA, make_cache, one_thread, tiny_model
+from training_fixtures import LLAMA, make_cache, tiny_model
 from transformers import AutoModelForCausalLM
 
 from tailcache.storage.errors import ConfigError, CorruptError, MismatchError
@@ -64,12 +63,6 @@ RESUMED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Runs of one process that go on from a checkpoint of two.
 BACK = [name for name in STRAIGHT if name != "fsdp, bf16"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

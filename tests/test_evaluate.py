@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from loss_cases import FLOAT64, Tolerance, assert_close, cached, extremes, make_
 from tokenizer_fixtures import SPECIAL, build_tokenizer
 from tokenizers import decoders
 from torch import Tensor, nn
-from training_fixtures import logprobs_of, make_cache, make_corpus, one_thread, tiny_model, write_teacher
+from training_fixtures import logprobs_of, make_cache, make_corpus, tiny_model, write_teacher
 
 from tailcache.pipeline.draws import thinned_points
 from tailcache.storage.bootstrap import Figure
@@ -32,12 +31,6 @@ CODEC = Tolerance(2e-4, 2e-4)
 """Teacher's log-probs of a cache: rounded to some 1e-3 nats, the mean over positions is closer; masses to 2^-14."""
 FORWARD = Tolerance(2e-5, 2e-5)
 """The student's own float32 forward, rows laid out in another way."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 # -- one position ------------------------------------------------------------------------------------------------

@@ -5,13 +5,12 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizer_fixtures import build_tokenizer
-from training_fixtures import logprobs_of, make_corpus, one_thread, tiny_model, write_teacher
+from training_fixtures import logprobs_of, make_corpus, tiny_model, write_teacher
 
 from tailcache.scripts.cli import main
 from tailcache.scripts.evaluate_report import evaluation_text
@@ -20,12 +19,6 @@ from tailcache.storage.reader import open_cache
 from tailcache.trainers.evaluate_config import EvaluateConfig
 from tailcache.trainers.evaluate_run import evaluate
 from tailcache.trainers.evaluation import evaluate_student
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

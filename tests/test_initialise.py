@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from gguf_fixtures import write_llama_gguf
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizer_fixtures import build_tokenizer
-from training_fixtures import LLAMA, make_cache, make_corpus, one_thread, tiny_model
+from training_fixtures import LLAMA, make_cache, make_corpus, tiny_model
 
 from tailcache.storage.corpus import Corpus
 from tailcache.storage.errors import ConfigError, MismatchError, StudentError
@@ -45,12 +44,6 @@ TEACHERS: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 16, "sliding_window": 4},
     "gemma3_text": {"head_dim": 16, "sliding_window": 4, "sliding_window_pattern": 2},
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def _teacher(name: str, **sizes: Any) -> Any:

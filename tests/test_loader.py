@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from storage_fixtures import make_corpus, make_exact
 from torch.utils.data import DataLoader
-from training_fixtures import one_thread
 
 from tailcache.storage.blocks import TargetRows
 from tailcache.storage.codec import Targets
@@ -29,12 +27,6 @@ WORLDS = (1, 2, 3, 8)
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This DataLoader will create"
 )  # more workers than this machine has cores
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

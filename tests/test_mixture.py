@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from loss_cases import CODEC_MAX, FLOAT32, FLOAT64, KINDS, Tolerance, assert_clo
 from places import cache_folder
 from tokenizer_fixtures import build_tokenizer
 from torch import Tensor
-from training_fixtures import logprobs_of, make_corpus, objective_for, one_thread, tiny_model, write_teacher
+from training_fixtures import logprobs_of, make_corpus, objective_for, tiny_model, write_teacher
 
 from tailcache.pipeline.capture import capture
 from tailcache.pipeline.config import CaptureConfig
@@ -57,12 +56,6 @@ from tailcache.trainers.todi import todi
 T, V = 12, 29
 SEGMENTS = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2])
 SPLIT, BETA = 3, 1.7
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import reference
 import torch
 from places import cache_folder
 from tokenizer_fixtures import build_tokenizer
-from training_fixtures import logprobs_of, make_corpus, one_thread, tiny_model
+from training_fixtures import logprobs_of, make_corpus, tiny_model
 
 from tailcache.pipeline.capture import capture
 from tailcache.pipeline.config import CaptureConfig
@@ -37,12 +36,6 @@ TOP_K, BETA = 5, 2.0
 FIELD_TOLERANCE = 3e-5  # logits in float32, of documents batched otherwise: 1e-6 of values up to 20
 SCALARS = 1e-4  # of a loss: the stored mass of the tail is right to a relative 2^-14
 GRADIENT_TOLERANCE = 2e-4  # relative to the largest entry: two float32 models, whose sums are in another order
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

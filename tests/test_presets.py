@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
 from tokenizer_fixtures import build_tokenizer
-from training_fixtures import LLAMA, make_corpus, one_thread, tiny_model
+from training_fixtures import LLAMA, make_corpus, tiny_model
 from transformers import AutoConfig
 
 from tailcache.scripts.cli import main
@@ -19,12 +18,6 @@ from tailcache.storage.errors import StudentError
 from tailcache.trainers.config import StudentConfig
 from tailcache.trainers.presets import PRESETS, PresetName
 from tailcache.trainers.student import build_student, count_parameters, fit_of, student_config, without_weights
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def _gated(d: int, ffn: int) -> int:

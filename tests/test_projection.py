@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from distributed_cases import TESTS, config_of
 from safetensors.torch import load_file
 from tokenizer_fixtures import build_tokenizer
 from torch import nn
-from training_fixtures import make_corpus, one_thread, tiny_model
+from training_fixtures import make_corpus, tiny_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from tailcache.pipeline.capture import capture
@@ -46,12 +45,6 @@ D, E = 24, 32  # student, teacher
 KEY = "hidden_projection.weight"
 NARROW = StudentConfig(hidden_size=D, num_layers=1, num_heads=2)
 LOSSES = (LossConfig(name="hidden_cosine", weight=2.0), LossConfig(name="kd"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

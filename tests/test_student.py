@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizer_fixtures import build_tokenizer
-from training_fixtures import make_corpus, one_thread, tiny_model
+from training_fixtures import make_corpus, tiny_model
 
 from tailcache.storage.corpus import Corpus
 from tailcache.storage.errors import ConfigError, MismatchError, StudentError
@@ -21,12 +20,6 @@ from tailcache.trainers.student import build_student, longest_row
 
 TWO = (LossConfig(name="tad", beta=3.0), LossConfig(name="todi", weight=0.5))
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_layers": 2, "num_heads": 2}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

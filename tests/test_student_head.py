@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from training_fixtures import LLAMA, one_thread, tiny_model
+from training_fixtures import LLAMA, tiny_model
 
 from tailcache.trainers.linear_head import LinearHead
 from tailcache.trainers.student_head import find_linear_head
 
 V = 21
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 class Adapted(nn.Module):

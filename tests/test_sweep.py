@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 from children import FORKED
 from places import cache_folder
-from training_fixtures import make_cache, one_thread
+from training_fixtures import make_cache
 
 from tailcache.scripts.cli import main
 from tailcache.scripts.sweep_table import sweep_table
@@ -45,12 +44,6 @@ runs:
   tad: {{loss: tad, top_k: 3}}
   {runs}
 """
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +91,7 @@ def test_results_are_read_from_the_runs_own_files(sequential: tuple[Path, list[R
     for each in (kd, tad):
         assert [line["step"] for line in each.curve] == [0, 8, 16, 23]
         assert each.final == each.curve[-1]
+        assert [line["step"] for line in JsonLines(each.folder / "training.jsonl").read()] == [5, 10, 15, 20, 23]
         timing = JsonLines(each.folder / "timing.jsonl").read()
         assert [line["step"] for line in timing] == [5, 10, 15, 20, 23]
         assert sum(line["positions"] for line in timing) == each.positions_seen == each.curve[-1]["positions_seen"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 from places import cache_folder
-from training_fixtures import LLAMA, make_cache, objective_for, one_thread, tiny_model
+from training_fixtures import LLAMA, make_cache, objective_for, tiny_model
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from tailcache.storage.errors import ConfigError, MismatchError, StorageError
@@ -24,12 +23,6 @@ from tailcache.trainers.distill import DistillTrainer
 from tailcache.trainers.run import train
 
 TINY = StudentConfig(hidden_size=16, num_layers=1, num_heads=2)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -356,7 +356,7 @@ class TrainConfig(LossParameters, MixtureConfig, _Places):
     """How many of them to keep."""
 
     log_every: int = 10
-    """Optimizer steps between lines of training.jsonl."""
+    """Optimizer steps between lines of training.jsonl; checkpoints and the last step have one too."""
 
     report_to: tuple[Tracker, ...] = ()
     """Log the curves to these too; each has its package. tensorboard writes to OUT/runs."""

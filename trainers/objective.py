@@ -21,7 +21,7 @@ from tailcache.storage.several import Teachers
 from tailcache.trainers.linear_head import LinearHead
 from tailcache.trainers.loss_config import LossConfig
 from tailcache.trainers.own_rows import OwnRows, own_log_p
-from tailcache.trainers.parts import Part, clm, is_linear, needs_rows, part_of
+from tailcache.trainers.parts import Part, clm, is_linear, needs_rows, on_exact_atoms, part_of
 from tailcache.trainers.prepared import Aids, Prepared
 from tailcache.trainers.soundness import Stored, check_sound, default_tail
 from tailcache.trainers.stored_head import hidden_states, stored_head
@@ -217,17 +217,17 @@ class Objective:
         parts: list[Part] = [clm]
         for each in self.losses:
             if each.name != COSINE:
-                parts.append(
-                    part_of(
-                        each,
-                        _effective(each, self.stored),
-                        teacher,
-                        segments_T=batch["segments"],
-                        rows_T=batch["rows"],
-                        progress=self.progress,
-                        seed=seed,
-                    )
+                tail = _effective(each, self.stored)
+                part = part_of(
+                    each,
+                    tail,
+                    teacher,
+                    segments_T=batch["segments"],
+                    rows_T=batch["rows"],
+                    progress=self.progress,
+                    seed=seed,
                 )
+                parts.append(on_exact_atoms(part) if tail == "bucket" and teacher.mixed is not None else part)
         return Prepared(
             parts=tuple(parts),
             teacher=teacher,

@@ -30,7 +30,7 @@ from tailcache.trainers.tails import tail_choice
 from tailcache.trainers.terms import StudentTerms, TeacherTerms
 from tailcache.trainers.todi import todi
 
-__all__ = ["OnAtoms", "Part", "Rows", "clm", "is_linear", "needs_rows", "part_of"]
+__all__ = ["OnAtoms", "Part", "Rows", "clm", "is_linear", "needs_rows", "on_exact_atoms", "part_of"]
 
 OnAtoms = Callable[[Tensor, Tensor], Tensor]
 
@@ -104,23 +104,6 @@ def part_of(
       progress: of training, in [0, 1]; for the schedules.
       seed: of RS-KD's draws, another one at every step.
     """
-    part = _part_of(loss, tail, teacher, segments_T=segments_T, rows_T=rows_T, progress=progress, seed=seed)
-    if tail != "bucket" or teacher.mixed is None:
-        return part
-    # Of a mixture, the atoms whose masses are exact on both sides.
-    return lambda rows, t, s, whole: part(rows, *on_common(t, s), whole)
-
-
-def _part_of(
-    loss: LossConfig,
-    tail: str | None,
-    teacher: TeacherTerms,
-    *,
-    segments_T: Tensor,
-    rows_T: Tensor,
-    progress: float,
-    seed: tuple[int, ...],
-) -> Part:
     if loss.name == "rs_kd":
         draws = _draw_by_row(teacher, loss, rows_T, seed)
         return lambda rows, t, s, whole: rs_kd(t, s, draws.rows(rows))
@@ -143,6 +126,11 @@ def _part_of(
         return _atkd(loss, tail or "", teacher)
     divergence = _on_atoms(loss.name, loss)
     return lambda rows, t, s, whole: divergence(*_atoms(tail or "", t, s, whole))
+
+
+def on_exact_atoms(part: Part) -> Part:
+    """Of a mixture of teachers: the same divergence, of the atoms whose masses are exact on both sides."""
+    return lambda rows, t, s, whole: part(rows, *on_common(t, s), whole)
 
 
 def _on_atoms(name: str, loss: LossConfig) -> OnAtoms:

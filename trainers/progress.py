@@ -137,9 +137,9 @@ class Reporter(TrainerCallback):
         self.trainer.begin_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Count the step; a checkpoint comes after a line of the log, since a resumed run averages from there on."""
+        """Count the step; log the last, and where a checkpoint follows, since a resumed run averages from there on."""
         self.trainer.count_step()
-        control.should_log |= control.should_save
+        control.should_log |= control.should_save or control.should_training_stop
         if self._bar is not None:
             self._bar.update(1)
 

@@ -4,7 +4,7 @@
       config.json, model.safetensors, tokenizer.json, ...   the student, as transformers reads it
       tailcache.json        what it was trained from (hashes) and how (the resolved settings)
       metrics.jsonl         one line per held-out evaluation
-      training.jsonl        one line per `log_every` steps: loss and its parts
+      training.jsonl        one line per `log_every` steps, at every checkpoint and at the end: loss and its parts
       timing.jsonl          for the same steps: seconds without evaluations, positions, the share of waiting for data
       checkpoint-STEP/      to resume from; complete if and only if it has a tailcache.json, written last
 
