@@ -47,6 +47,15 @@ class TargetRows:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def slice(self, first: int, last: int) -> TargetRows:
+        """Rows ``first`` to ``last`` (half-open) of these, without a copy."""
+        a, b = int(self.target_offsets[first]), int(self.target_offsets[last])
+        return TargetRows(
+            rows=self.rows.slice(first, last),
+            targets=self.targets[a:b],
+            target_offsets=self.target_offsets[first : last + 1] - a,
+        )
+
     def without_targets(self) -> TargetRows:
         """The same tokens with nothing to be predicted, as no row of the corpus."""
         silent = replace(
@@ -197,19 +206,22 @@ def _join(pairs: list[tuple[Block, NDArray[np.int64]]]) -> tuple[Rows, Stored, N
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """What a step of a process is cut from."""
+    """What some steps of a process, which follow one another, are cut from."""
 
     held: Mapping[int, Block]
-    visits: NDArray[np.int64]
-    places: NDArray[np.int64]
+    visits: list[NDArray[np.int64]]
+    """Of each step."""
+    places: list[NDArray[np.int64]]
     filler: bool
-    end: int
-    """How many rows of the order all processes have taken then."""
+    ends: list[int]
+    """How many rows of the order all processes have taken after each step."""
 
-    def made(self, decode: Decode) -> TargetRows:
-        """The rows of the step; any thread can make them."""
-        rows = gather(self.held, self.visits, self.places, decode)
-        return rows.without_targets() if self.filler else rows
+    def made(self, decode: Decode) -> list[TargetRows]:
+        """The rows of each step, views of what is gathered and decoded at once; any thread can make them."""
+        rows = gather(self.held, np.concatenate(self.visits), np.concatenate(self.places), decode)
+        ends = np.cumsum([len(visits) for visits in self.visits]).tolist()
+        parts = [rows.slice(first, last) for first, last in zip([0, *ends], ends, strict=False)]
+        return [part.without_targets() for part in parts] if self.filler else parts
 
 
 def walk(
@@ -217,6 +229,8 @@ def walk(
     announce: Callable[[list[int]], None],
     get: Callable[[int], Block],
     keep_up: Callable[[float], None] = lambda _: None,
+    *,
+    num_steps: int = 1,
 ) -> Iterator[Cut]:
     """Go through the steps of a process, holding the blocks that they need, and having the next ones read meanwhile.
 
@@ -224,7 +238,8 @@ def walk(
       stages: of ``shares``.
       announce: is told the visits that will be asked for, before they are, in that order, each once.
       get: a block that was announced; each is asked for once, in the order they were announced in.
-      keep_up: is told after each step what part of its stage is done.
+      keep_up: is told after each cut what part of its stage is done.
+      num_steps: of a cut; there are fewer in the last one of a stage.
 
     Space: the blocks of two stages.
     """
@@ -237,7 +252,14 @@ def walk(
         if following is not None:
             announce(np.setdiff1d(following.needs, current.needs).tolist())
         held = {visit: held[visit] if visit in held else get(visit) for visit in current.needs.tolist()}
-        for i, (visits, places) in enumerate(zip(current.visits, current.places, strict=True)):
-            yield Cut(held=held, visits=visits, places=places, filler=current.filler, end=current.ends[i])
-            keep_up((i + 1) / len(current.ends))
+        for first in range(0, len(current.ends), num_steps):
+            steps = slice(first, first + num_steps)
+            yield Cut(
+                held=held,
+                visits=current.visits[steps],
+                places=current.places[steps],
+                filler=current.filler,
+                ends=current.ends[steps],
+            )
+            keep_up(min(first + num_steps, len(current.ends)) / len(current.ends))
         current = following

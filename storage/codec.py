@@ -28,6 +28,7 @@ import math
 import threading
 from collections.abc import Mapping
 from functools import cached_property
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,7 +72,8 @@ __all__ = [
     "vocabulary_order",
 ]
 
-_BLOCK, _BLOCK_IDS = 4096, 1 << 18  # positions and ids decoded at a time: few calls, and still in the processor's cache
+_BLOCK = 4096  # positions decoded at a time: few calls,
+_BLOCK_IDS, _BLOCK_IDS_COMPILED = 1 << 18, 1 << 16  # and so few ids that all that is done finds them in cache
 _PAD = 16
 """Rows that are a power of two apart in memory compete for the same lines of the processor's cache, and transposing
 them takes nine times as long."""
@@ -213,14 +215,17 @@ class Codec:
         token_ids = empty((num, top_k), np.int32)
         logprobs = empty((num, top_k), np.float32)
         tail_samples = empty((num, num_samples), np.int32)
-        step = max(1, min(_BLOCK, _BLOCK_IDS // max(top_k, num_samples)))
+        loops = decode_loops(num)
+        step = max(1, min(_BLOCK, (_BLOCK_IDS_COMPILED if loops else _BLOCK_IDS) // max(top_k, num_samples)))
         for first in range(0, num, step):
             part = slice(first, min(first + step, num))
             chosen_T = None if classes_T is None else classes_T[part]
             ids_TK, logprobs_TK = token_ids[part], logprobs[part]
-            self._decode_head(codes_TK[part], gaps_TK[part], chosen_T, log_head_T[part], ids_TK, logprobs_TK, where)
+            self._decode_head(
+                loops, codes_TK[part], gaps_TK[part], chosen_T, log_head_T[part], ids_TK, logprobs_TK, where
+            )
             if samples_Tm is not None:
-                self._decode_samples(samples_Tm[part], places, tail_samples[part], where)
+                self._decode_samples(loops, samples_Tm[part], places, tail_samples[part], where)
         optional: dict[str, Any] = {name: stored[name] for name in (*OPTIONAL, "hidden_scale") if name in stored}
         return Targets(
             token_ids=token_ids,
@@ -235,6 +240,7 @@ class Codec:
 
     def _decode_head(
         self,
+        loops: ModuleType | None,
         codes_TK: NDArray[Any],
         gaps_TK: NDArray[Any],
         chosen_T: NDArray[np.uint8] | None,
@@ -245,7 +251,6 @@ class Codec:
     ) -> None:
         """Ids, and levels rescaled to the head's mass."""
         share_T = np.empty(len(codes_TK), np.float64)
-        loops = decode_loops(len(codes_TK))
         num_codes = len(self._order) + self._lists.shape[1]
         size = 0 if chosen_T is None else self._lists.shape[1]
         if loops is None or not loops.decode_head(
@@ -331,10 +336,14 @@ class Codec:
         return chosen_T.astype(np.int32) * np.int32(self._lists.shape[1]) + np.int32(len(self._order))
 
     def _decode_samples(
-        self, samples_Tm: NDArray[Any], places: NDArray[np.intp], out_Tm: NDArray[np.int32], where: str
+        self,
+        loops: ModuleType | None,
+        samples_Tm: NDArray[Any],
+        places: NDArray[np.intp],
+        out_Tm: NDArray[np.int32],
+        where: str,
     ) -> None:
         (num, num_samples), kind = samples_Tm.shape, samples_Tm.dtype
-        loops = decode_loops(0)
         if loops is not None and loops.decode_samples(samples_Tm, places, self._tokens, len(self._order), out_Tm):
             return
         ranks_mT = _buffer("by rank", (num_samples, num), kind, _PAD)

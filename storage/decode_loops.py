@@ -1,4 +1,4 @@
-"""What ``Codec.decode`` does to each position, as loops compiled by numba; the results are those of array operations.
+"""What reading does to each position, as loops compiled by numba; the results are those of array operations.
 
 Array operations go over all numbers of a block once for each step of the arithmetic; a compiled loop takes a position
 through all steps while its numbers are in registers, and holds no lock that other threads of the process wait for.
@@ -18,10 +18,10 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["decode_head", "decode_samples"]
+__all__ = ["decode_head", "decode_samples", "transpose"]
 
-_TILE = 64
-"""Positions whose gaps, which lie by columns, are turned round at a time."""
+_TILE = 128, 64
+"""Positions and columns that are transposed at a time: both sides stay in the processor's first cache."""
 
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 
@@ -35,6 +35,24 @@ def _compiled(function: Loop) -> Loop:
         made = numba.njit(nogil=True)(function)
     compiled: Loop = made
     return compiled
+
+
+@_compiled
+def transpose(columns_KT: NDArray[Any], out_TK: NDArray[Any]) -> None:
+    """Lay out by positions what was stored by columns. NumPy's copy goes along one side and jumps on the other.
+
+    Args:
+      columns_KT: integers as they were stored, still in the processor's cache.
+      out_TK: result.
+    """
+    top_k, num = columns_KT.shape
+    for first in range(0, num, _TILE[0]):
+        last = min(first + _TILE[0], num)
+        for left in range(0, top_k, _TILE[1]):
+            for column in range(left, min(left + _TILE[1], top_k)):
+                k = np.uint64(column)
+                for position in range(first, last):
+                    out_TK[np.uint64(position), k] = columns_KT[k, np.uint64(position)]
 
 
 @_compiled
@@ -70,32 +88,25 @@ def decode_head(
     num, top_k = codes_TK.shape
     last_level, last_code = np.uint64(len(levels_L2) - 1), np.uint64(num_codes - 1)
     size, zero, one = np.uint64(class_size), np.uint64(0), np.uint64(1)
-    tile = np.empty((_TILE, top_k), np.uint32)
     wrong = False
-    for first in range(0, num, _TILE):
-        rows = min(_TILE, num - first)
+    for position in range(num):
+        t = np.uint64(position)
+        begin_of_list = np.uint64(lists_T[t])
+        level, code, highest, share = zero, zero, zero, 0.0  # sums of 32-bit numbers, which 64 bits hold
         for column in range(top_k):
             k = np.uint64(column)
-            for row in range(rows):
-                tile[np.uint64(row), k] = gaps_TK[np.uint64(first + row), k]
-        for row in range(rows):
-            i, t = np.uint64(row), np.uint64(first + row)
-            begin_of_list = np.uint64(lists_T[t])
-            level, code, highest, share = zero, zero, zero, 0.0  # sums of 32-bit numbers, which 64 bits hold
-            for column in range(top_k):
-                k = np.uint64(column)
-                gap = np.uint64(tile[i, k])
-                level += gap
-                place = min(level, last_level)
-                minus_levels_TK[t, k] = levels_L2[place, zero]
-                share += levels_L2[place, one]
-                code = np.uint64(codes_TK[t, k]) + (code if gap == zero and column > 1 else zero)
-                highest = max(highest, code)
-                place = min(code, last_code)
-                ids_TK[t, k] = tokens[place - size if place >= size else place + begin_of_list]
-            if level > last_level or highest > last_code:
-                wrong = True
-            share_T[t] = share
+            gap = np.uint64(gaps_TK[t, k])
+            level += gap
+            place = min(level, last_level)
+            minus_levels_TK[t, k] = levels_L2[place, zero]
+            share += levels_L2[place, one]
+            code = np.uint64(codes_TK[t, k]) + (code if gap == zero and column > 1 else zero)
+            highest = max(highest, code)
+            place = min(code, last_code)
+            ids_TK[t, k] = tokens[place - size if place >= size else place + begin_of_list]
+        if level > last_level or highest > last_code:
+            wrong = True
+        share_T[t] = share
     return not wrong
 
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from tailcache.storage.arrays import ArraySpec, checksum_ranges, seal_of
 from tailcache.storage.chunk_bounds import ABSENT, blosc_problem, parse_index
+from tailcache.storage.compiled import decode_loops
 from tailcache.storage.errors import CorruptError, StorageError
 from tailcache.storage.limits import chunk_bytes
 from tailcache.storage.place import Place
@@ -85,7 +86,7 @@ def read_object(
       table: of the object, where it is known; else it is read.
 
     Returns:
-      [last - first] or [last - first, columns], of the array's type.
+      [last - first] or [last - first, columns], of the array's type; what is stored by columns may be laid out so.
 
     Raises:
       CorruptError: the file is missing or short, a checksum does not match, or a slot is not stored.
@@ -116,6 +117,9 @@ def read_object(
             number = int(name.split("/")[-1 if spec.columns is None else -2])
             values = read_chunks(place.local, spec, number, begin, end)
             return values[first - begin * spec.chunk :][: last - first].copy(order)
+        loops = decode_loops(0) if spec.column_major and _LITTLE else None
+        if loops is not None:
+            order = "C"  # which decoding is faster with
         out = empty((last - first, *trailing), np.dtype(spec.dtype), order)  # not before there is enough to fill it
         for chunk, payload in enumerate(payloads, begin):
             start = chunk * spec.chunk
@@ -123,8 +127,12 @@ def read_object(
             part = out[low - first : high - first]
             if high - low == spec.chunk and part.flags.c_contiguous and not spec.column_major and _LITTLE:
                 blosc.decompress(payload, part)
+                continue
+            values = _decode_chunk(payload, spec)[low - start : high - start]
+            if loops is None:
+                part[:] = values
             else:
-                part[:] = _decode_chunk(payload, spec)[low - start : high - start]
+                loops.transpose(values.T, part)
     except StorageError:
         raise
     except (OSError, ValueError, RuntimeError, OverflowError, IndexError) as error:

@@ -374,7 +374,7 @@ class Teacher:
           optional: as for ``rows``.
 
         Returns:
-          By field, arrays with one leading axis; those stored by columns are laid out so.
+          By field, arrays with one leading axis; those stored by columns may be laid out so.
 
         Raises:
           ConfigError, NotFoundError, CorruptError: as for ``rows``.

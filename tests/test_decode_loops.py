@@ -100,6 +100,19 @@ def test_the_same_bits_when_rows_lie_by_columns_or_apart(monkeypatch: pytest.Mon
         assert both_ways(codec, again, monkeypatch) == (expected, expected)
 
 
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "uint32"])
+@pytest.mark.parametrize(("columns", "num"), [(1, 1), (5, 0), (64, 128), (65, 300), (130, 129)])
+def test_transposed(kind: str, columns: int, num: int) -> None:
+    loops = pytest.importorskip("tailcache.storage.decode_loops")
+    generator = np.random.default_rng(0)
+    stored = generator.integers(0, 256, (columns, num + 7)).astype(kind)
+    for part in (stored[:, :num], np.ascontiguousarray(stored[:, 7:])):
+        held = np.full((num + 2, columns), 77, kind)
+        loops.transpose(part, held[1:-1])
+        assert (held[1:-1] == part.T).all()
+        assert (held[[0, -1]] == 77).all()  # and nothing beside it
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_what_was_written_wrong_is_refused_alike(data: st.DataObject) -> None:

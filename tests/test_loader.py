@@ -65,8 +65,10 @@ def run_of(teacher: Teacher, world_size: int, steps: int | None, state: Any = No
 # ---- what is in a batch ----
 
 
-def test_a_batch_holds_its_rows_and_their_targets(teacher: Teacher) -> None:
-    for batch in loader_of(teacher, seed=3):
+@pytest.mark.parametrize(("batch_rows", "block_rows"), [(2, 3), (1, 12), (12, 3)])
+def test_a_batch_holds_its_rows_and_their_targets(teacher: Teacher, batch_rows: int, block_rows: int) -> None:
+    for batch in loader_of(teacher, seed=3, batch_rows=batch_rows, block_rows=block_rows):
+        assert len(batch["row_indices"]) <= batch_rows
         offsets, into = batch["offsets"].tolist(), batch["target_offsets"].tolist()
         for i, row in enumerate(batch["row_indices"].tolist()):
             stored, targets = teacher.corpus.rows(row, row + 1), teacher.row(row)
@@ -77,6 +79,22 @@ def test_a_batch_holds_its_rows_and_their_targets(teacher: Teacher) -> None:
         assert offsets[-1] == len(batch["tokens"])
         assert into[-1] == len(batch["log_tail"]) == int(batch["supervised"].sum())
         assert not {"log_z_tail", "hidden", "hidden_scale", "held_out"} & set(batch)
+
+
+def test_small_batches_are_decoded_several_at_a_time(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[int] = []
+    decode = Teacher.decode
+
+    def counted(self: Teacher, stored: Any, rows: Any = None) -> Targets:
+        decoded.append(len(rows))
+        return decode(self, stored, rows)
+
+    monkeypatch.setattr(Teacher, "decode", counted)
+    loader = loader_of(teacher, batch_rows=2, block_rows=6)
+    sizes = [len(batch["row_indices"]) for batch in loader]
+    assert sum(decoded) == sum(sizes) == loader.num_rows
+    assert max(decoded) == 6  # about a block's
+    assert len(decoded) < len(sizes) / 2
 
 
 def test_long_rows_are_copied_in_another_way_and_are_the_same(

@@ -8,15 +8,28 @@ from faults import flip
 from storage_fixtures import make_corpus, make_exact
 
 from tailcache.storage.arrays import open_array, read_slice
+from tailcache.storage.compiled import SWITCH
 from tailcache.storage.errors import CorruptError
 from tailcache.storage.local_place import LocalPlace
 from tailcache.storage.objects import read_object
 
 
+@pytest.mark.parametrize("loops", ["never", "always"])
 @pytest.mark.parametrize(
     ("vocab_size", "top_k", "num_samples", "chunk"), [(37, 5, 3, 4), (37, 1, 1, 1), (70_000, 7, 0, 5)]
 )
-def test_equals_zarr(tmp_path: Path, vocab_size: int, top_k: int, num_samples: int, chunk: int) -> None:
+def test_equals_zarr(
+    tmp_path: Path,
+    vocab_size: int,
+    top_k: int,
+    num_samples: int,
+    chunk: int,
+    loops: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if loops == "always":
+        pytest.importorskip("numba")
+    monkeypatch.setenv(SWITCH, loops)
     exact = make_exact(make_corpus(tmp_path, vocab_size=vocab_size), top_k=top_k, num_samples=num_samples, chunk=chunk)
     exact.write("t")
     folder = tmp_path / "teachers" / "t"
@@ -32,6 +45,7 @@ def test_equals_zarr(tmp_path: Path, vocab_size: int, top_k: int, num_samples: i
                     assert fast.dtype == slow.dtype
                     assert fast.shape == slow[first:last].shape
                     np.testing.assert_array_equal(fast, slow[first:last])
+                    assert fast.flags.c_contiguous or (loops == "never" and fast.flags.f_contiguous)
 
 
 @pytest.mark.slow

@@ -12,8 +12,8 @@ held out are not in it.
 
 **Who reads.** Without workers, threads of this process read the next window of blocks while the present one
 is consumed. With workers, each of them reads every n-th block of those that this process needs and hands it over in
-shared memory. In both cases batches are cut out of the window and decoded here, by threads that are a few batches
-ahead.
+shared memory. In both cases batches are cut out of the window and decoded here, by threads that are a little ahead;
+small batches several at a time, since every call into Python of a thread holds up the others.
 
 **accelerate.** The loader gives each process its own rows already. It says so by the mark that accelerate leaves on
 loaders it has prepared, so ``Accelerator.prepare`` returns it as it is and shards nothing again; batches are to be
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal
@@ -51,7 +52,8 @@ BLOCK_POSITIONS = 32_768
 WINDOW_BLOCKS = 8
 _STATE_VERSION = 1
 _MAKING_THREADS = 2
-_BATCHES_AHEAD = 3
+_CUTS_AHEAD = 2
+"""Besides the one that is consumed and the one that is waiting to be; each about as large as a block."""
 
 
 def loader_block_rows(teacher: AnyTeacher) -> int:
@@ -257,38 +259,42 @@ class CacheLoader(DataLoader[Any]):
         self._blocks.begin(self.epoch, start)
         # Workers are started here, before there is any thread that a fork could catch at the wrong moment.
         source = Workers(super().__iter__()) if self.num_workers else None
-        steps = ahead(self._begun(self._share.stages(self.epoch, start), source), _BATCHES_AHEAD)
+        cuts = ahead(self._begun(self._share.stages(self.epoch, start), source), _CUTS_AHEAD)
         try:
             while True:
                 began = time.perf_counter()
-                step = next(steps, None)
-                batch = None if step is None else step[0].result()
+                making, ends = next(cuts, (None, []))
+                batches = making.result() if making else deque()
                 self.waited_s += time.perf_counter() - began
-                if step is None:
+                if not batches:
                     break
-                self._taken = step[1]
-                yield batch
+                for end in ends:
+                    self._taken = end
+                    yield batches.popleft()
         finally:
-            steps.close()
+            cuts.close()
         self.epoch, self._taken = self.epoch + 1, 0
 
-    def _begun(self, stages: Iterator[Stage], source: Workers | None) -> Generator[tuple[Future[Any], int]]:
-        """Each step's batch as it is being made, and how many rows of the order have been taken with it."""
+    def _begun(
+        self, stages: Iterator[Stage], source: Workers | None
+    ) -> Generator[tuple[Future[deque[Any]], list[int]]]:
+        """The batches of some steps as they are being made, and how many rows have been taken after each of them."""
         waits = self.teacher.place.local is None
         reading = source or Threads(self._blocks.read, REMOTE_READ_THREADS if waits else READ_THREADS)
         making = ThreadPoolExecutor(_MAKING_THREADS, "tailcache-batches", initializer=on_device())
         left = True
+        num_steps = max(1, self._share.block_rows // self._share.batch_rows)
         try:
-            for cut in walk(stages, reading.announce, reading.get, reading.keep_up):
-                yield making.submit(self._made, cut), cut.end
+            for cut in walk(stages, reading.announce, reading.get, reading.keep_up, num_steps=num_steps):
+                yield making.submit(self._made, cut), cut.ends
             left = False
         finally:
             reading.close()
             making.shutdown(wait=True, cancel_futures=left)
 
-    def _made(self, cut: Cut) -> Any:
-        batch = self.collate(cut.made(self.teacher.decode))
-        return _pinned(batch) if self._pin else batch
+    def _made(self, cut: Cut) -> deque[Any]:
+        batches = deque(self.collate(rows) for rows in cut.made(self.teacher.decode))
+        return deque(map(_pinned, batches)) if self._pin else batches
 
 
 def _as_it_is(item: Any) -> Any:
