@@ -39,7 +39,8 @@ def config_of(settings: dict[str, Any]) -> Any:
     if "lora_targets" in student:
         student["lora_targets"] = tuple(student["lora_targets"])
     paths = {name: Path(settings[name]) for name in ("cache", "out")}
-    return TrainConfig(**{**settings, **paths, "student": StudentConfig(**student)})
+    several = {name: tuple(settings[name]) for name in ("teachers", "teacher_weights") if name in settings}
+    return TrainConfig(**{**settings, **paths, **several, "student": StudentConfig(**student)})
 
 
 def kill(folder: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from distributed_cases import config_of, kill, launch
 from places import cache_folder
-from training_fixtures import LLAMA, make_cache, tiny_model
+from training_fixtures import LLAMA, logprobs_of, make_cache, tiny_model, write_teacher
 from transformers import AutoModelForCausalLM
 
 from tailcache.storage.errors import ConfigError, CorruptError, MismatchError
@@ -37,12 +37,25 @@ CURVES = {
 WHOLE: dict[str, Any] = {"distributed": "fsdp"}
 RS_KD: dict[str, Any] = {"loss": "rs_kd", "student": UNTIED}
 BF16: dict[str, Any] = {"precision": "bf16"}
+MIXTURE: dict[str, Any] = {"teacher": None, "teachers": ("teacher", "other"), "teacher_weights": (3.0, 1.0)}
 SHARDED: dict[str, Any] = {"distributed": "fsdp", "fsdp_checkpoints": "sharded"}
+
+# Runs of one process.
+ALONE: dict[str, dict[str, Any]] = {
+    "tied": {},
+    "untied": {},
+    "adapters": {},
+    "frozen": {},
+    "bf16": BF16,
+    "rs_kd": RS_KD,
+    "mixture": MIXTURE,
+}
 
 # Runs of two processes from the first step on, and the run of one process that each must equal.
 STRAIGHT: dict[str, tuple[str, dict[str, Any]]] = {
     "ddp, recompute, checkpointing": ("tied", {"gradient_checkpointing": True, "head_mode": "recompute"}),
     "ddp, rs_kd": ("rs_kd", RS_KD),
+    "ddp, two teachers": ("mixture", MIXTURE),
     "fsdp, from accelerate's file": ("tied", {"from_file": True, "batch_rows": 4}),
     "fsdp, recompute, checkpointing": (
         "untied",
@@ -67,7 +80,10 @@ BACK = [name for name in STRAIGHT if name != "fsdp, bf16"]
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
-    return make_cache(tmp_path_factory.mktemp("distributed") / "cache")
+    made = make_cache(tmp_path_factory.mktemp("distributed") / "cache")
+    other = logprobs_of(tiny_model(made.vocab_size, seed=1), made.corpus)
+    write_teacher(made.corpus, *other, name="other", top_k=11, num_samples=4)
+    return made
 
 
 class Runs:
@@ -85,6 +101,7 @@ class Runs:
         }
         self.base: dict[str, Any] = {
             "cache": str(cache_folder(teacher.corpus)),
+            "teacher": "teacher",
             "learning_rate": 1e-2,
             "schedule": "linear",
             "warmup": 0.0,
@@ -111,15 +128,7 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(teacher: Teacher, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     runs = Runs(teacher, tmp_path_factory.mktemp("runs"))
-    alone: dict[str, dict[str, Any]] = {
-        "tied": {},
-        "untied": {},
-        "adapters": {},
-        "frozen": {},
-        "bf16": BF16,
-        "rs_kd": RS_KD,
-    }
-    for like, settings in alone.items():
+    for like, settings in ALONE.items():
         train(config_of(runs.settings(like, like, **{"batch_rows": 8, **settings})))
     cases = [runs.settings(name, like, **{**TWO, **settings}) for name, (like, settings) in STRAIGHT.items()]
     for name, (like, settings) in RESUMED.items():
@@ -189,7 +198,7 @@ def test_one_process_goes_on_from_two(runs: Runs, name: str) -> None:
     """Weights, the optimizer's state, the schedule and the place in the data, from every kind of checkpoint."""
     like = STRAIGHT[name][0]
     runs.halfway(name, f"back from {name}")
-    own = {"batch_rows": 4, "rows_per_step": 8, "resume": True, **(RS_KD if like == "rs_kd" else {})}
+    own = {"batch_rows": 4, "rows_per_step": 8, "resume": True, **ALONE[like]}
     train(config_of(runs.settings(f"back from {name}", like, **own)))
     _equal(runs, f"back from {name}", like, since=HALF)
 
