@@ -14,7 +14,7 @@ QUIET_MALLOC := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736
 
 FAULTS := $(addprefix tests/test_,$(addsuffix .py,records untrusted crashes power_loss kill_storm damage remote_faults))
 
-.PHONY: quickstart test test-fast faults lint types check bench clean
+.PHONY: quickstart test test-fast faults lint types check bench study clean
 
 quickstart: $(VENV)/.ready
 	@echo "== quickstart: prepare, capture two teachers, train three students, compare (results in runs/quickstart)"
@@ -48,6 +48,10 @@ bench: $(VENV)/.ready
 	$(RUN) -m tailcache.scripts.bench_losses
 	$(RUN) -m tailcache.scripts.bench_step
 	$(RUN) -m tailcache.scripts.bench_fidelity
+
+study: $(VENV)/.ready
+	@echo "== study: a teacher, and students trained every way with three seeds; goes on where it was killed (results in runs/study-cpu)"
+	$(QUIET_MALLOC) $(RUN) -m tailcache.scripts.study --document docs/study.md
 
 $(VENV)/.ready: pyproject.toml scripts/make_venv.sh
 	@PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" sh scripts/make_venv.sh "$(VENV)"
