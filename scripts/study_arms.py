@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["BETAS", "SPLITS", "Arm", "CacheRecipe", "arms", "cache_name", "recipes_of"]
+__all__ = ["BETAS", "SPLITS", "WEIGHTS", "Arm", "CacheRecipe", "arms", "cache_name", "recipes_of"]
 
 SPLITS = (1, 5, 10, 20)
 BETAS = (0.5, 1.0, 2.0, 5.0, 10.0)
+WEIGHTS = (2.0, 4.0, 8.0)
+"""Of the divergence, where that of the cross-entropy stays 1."""
 DEFAULT = (32, 64)
 """K and m of `tailcache capture`'s own defaults, from which an arm learns unless it says otherwise."""
 
@@ -38,7 +40,8 @@ class Arm:
     Attributes:
       name: unique; names its files.
       title: for tables.
-      group: what it belongs to: "reference", "online", "cache", "tails", "truncation", "bytes", "grid" or "others".
+      group: what it belongs to: "reference", "online", "cache", "tails", "truncation", "bytes", "grid", "weights" or
+        "others".
       loss: settings of ``LossConfig``; none for plain language modelling.
       cache: the targets it learns from; for an online arm only the rows are read from there.
       online: whether the teacher runs beside the student, and gives its whole distributions.
@@ -108,6 +111,7 @@ def arms(*, full_k: int = 64, full_m: int = 64) -> tuple[Arm, ...]:
         ),
     ]
     found += [_tad(k, beta) for k in SPLITS for beta in BETAS]
+    found += _weights()
     found += _tails()
     found += _truncations(full_k, full_m)
     found += _bytes(full_k, full_m)
@@ -121,6 +125,21 @@ def _tad(split: int, beta: float) -> Arm:
         group="grid",
         loss={"name": "tad", "top_k": split, "beta": beta, "tail": "sampled"},
     )
+
+
+def _weights() -> list[Arm]:
+    """What TAD is to be told from: its larger terms also give the divergence more weight beside the cross-entropy."""
+    kd: dict[str, Any] = {"name": "kd", "tail": "sampled"}
+    heavier = [
+        Arm(name=f"kd-w{w:g}", title=f"KD, weight {w:g}, cache", group="weights", loss={**kd, "weight": w})
+        for w in WEIGHTS
+    ]
+    tad = {"name": "tad", "top_k": 10, "beta": 2.0, "tail": "sampled"}
+    return [
+        *heavier,
+        Arm(name="kd-alone", title="KD without CLM, cache", group="weights", loss=kd, clm_weight=0.0),
+        Arm(name="tad-alone", title="TAD (K=10, β=2) without CLM, cache", group="weights", loss=tad, clm_weight=0.0),
+    ]
 
 
 def _tails() -> list[Arm]:

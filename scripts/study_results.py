@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tailcache.scripts.study_arms import BETAS, DEFAULT, SPLITS, Arm
+from tailcache.scripts.study_arms import BETAS, DEFAULT, SPLITS, WEIGHTS, Arm
 from tailcache.scripts.study_run import START, read_run, run_path
 from tailcache.scripts.study_statistics import METRICS, ArmSums, Intervals
 from tailcache.storage.bootstrap import Figure
@@ -122,8 +122,10 @@ def questions_of(runs: Runs, bytes_per_position: dict[str, dict[str, float]]) ->
     Returns:
       cache_against_live: cache minus live teacher, KD and TAD, every metric. tad_against_kl: held-out KL of TAD minus
       that of KD from the same cache, with single intervals and such that hold for the whole grid at once; and for the
-      live teacher. top_k: plain top-K, and the sampled tail at the same K, minus KD with the live teacher. tails: each
-      tail choice at K = 10 minus the exact one. worth: K and m, bytes, and KL minus that of KD with the live teacher.
+      live teacher. weights: KD whose divergence has more weight, or all of it, minus KD; and TAD minus each of these,
+      TAD without CLM where KD is without. top_k: plain top-K, and the sampled tail at the same K, minus KD with the
+      live teacher. tails: each tail choice at K = 10 minus the exact one. worth: K and m, bytes, and KL minus that of
+      KD with the live teacher.
     """
     return {
         "cache_against_live": {
@@ -132,6 +134,16 @@ def questions_of(runs: Runs, bytes_per_position: dict[str, dict[str, float]]) ->
             if _have(runs, cached, live)
         },
         "tad_against_kl": _tad_against_kl(runs),
+        "weights": [
+            {
+                "arm": name,
+                **{metric: _paired(runs, name, "kd", metric) for metric in ("kl", "cross_entropy", "full_ece")},
+                "tad_kl": _paired(runs, tad, name, "kl"),
+                "tad_cross_entropy": _paired(runs, tad, name, "cross_entropy"),
+            }
+            for name, tad in (*((f"kd-w{w:g}", "tad-k10-b2") for w in WEIGHTS), ("kd-alone", "tad-alone"))
+            if _have(runs, name, "kd") and _have(runs, name, tad)
+        ],
         "top_k": [
             {"top_k": k, "tail": tail, "arm": name, **_against_live(runs, name)}
             for k in (10, DEFAULT[0], 64)
@@ -194,7 +206,7 @@ def _worth(runs: Runs, bytes_per_position: dict[str, dict[str, float]]) -> list[
         tail = (arm.loss or {}).get("tail")
         if (arm.loss or {}).get("name") != "kd" or arm.online or tail not in ("sampled", "renormalise", "exact"):
             continue
-        if not _have(runs, arm.name, "kd-online"):
+        if arm.group == "weights" or not _have(runs, arm.name, "kd-online"):
             continue
         size = bytes_per_position[arm.cache.name]
         needed = {"sampled": size["targets"], "renormalise": size["top_k"], "exact": size["targets"] + size["hidden"]}

@@ -136,6 +136,30 @@ def _tad(results: dict[str, Any]) -> str:
     return _table(header, rows)
 
 
+def _weights(results: dict[str, Any]) -> str:
+    titles = {name: each["title"] for name, each in results["students"].items()}
+    header = (
+        "",
+        "KL minus that of KD",
+        "cross-entropy",
+        "Full-ECE, points",
+        "KL: TAD (K=10, β=2) minus this",
+        "cross-entropy: TAD minus this",
+    )
+    rows = [
+        (
+            titles[each["arm"]],
+            shown(each["kl"], difference=True),
+            shown(each["cross_entropy"], difference=True),
+            shown(each["full_ece"], 2, difference=True, scale=100),
+            shown(each["tad_kl"], difference=True),
+            shown(each["tad_cross_entropy"], difference=True),
+        )
+        for each in results["questions"]["weights"]
+    ]
+    return _table(header, rows)
+
+
 def _top_k(results: dict[str, Any]) -> str:
     header = ("K", "tail", "KL", "cross-entropy", "Full-ECE, points", "student's mass off the teacher's top 10, points")
     rows = [
@@ -191,6 +215,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "students": _students,
     "live": _live,
     "tad": _tad,
+    "weights": _weights,
     "top_k": _top_k,
     "tails": _tails,
     "worth": _worth,

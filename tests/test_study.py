@@ -138,6 +138,7 @@ def test_arms_cover_what_is_asked_and_every_loss_is_sound() -> None:
                 or (arm.group in ("truncation", "bytes"))
             )
             assert loss.name != "tad" or loss.top_k is None or loss.top_k <= arm.cache.top_k
+            assert (loss.weight == 1 and arm.clm_weight == 1) or arm.group == "weights" or arm.name == "atkd"
 
 
 def test_every_set_of_targets_can_be_derived_from_the_capture() -> None:
@@ -337,7 +338,8 @@ def test_the_whole_study_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytes
     study(config)
     first = run_path(tmp_path, "kd", 0)
     before, teacher = first.read_bytes(), (tmp_path / "teacher" / "model.safetensors").stat().st_mtime_ns
-    results = study(replace(config, arms=("kd", "kd-online", "kd-k10-renormalise", "tad-k10-b2", "tad-online")))
+    more = ("kd", "kd-online", "kd-k10-renormalise", "tad-k10-b2", "tad-online", "kd-w2")
+    results = study(replace(config, arms=more))
     assert first.read_bytes() == before
     assert (tmp_path / "teacher" / "model.safetensors").stat().st_mtime_ns == teacher
     assert not (tmp_path / "teacher.state").exists()
@@ -348,6 +350,10 @@ def test_the_whole_study_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytes
     assert results["teacher"]["kl"]["value"] == pytest.approx(0, abs=1e-6)
     live = results["questions"]["cache_against_live"]
     assert set(live) == {"KD", "TAD (K=10, β=2)"}
+    [heavier] = results["questions"]["weights"]
+    assert heavier["arm"] == "kd-w2"
+    assert heavier["kl"]["value"] != 0
+    assert "kd-w2" not in [each["arm"] for each in results["questions"]["worth"]]
     # Training is short: what the cache and the live teacher give differ by less than training changes.
     learnt = results["start"]["kl"]["value"] - results["students"]["kd-online"]["kl"]["value"]
     assert learnt > 0
