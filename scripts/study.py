@@ -47,8 +47,8 @@ class Study:
     """Folder for everything; default: runs/study-SIZE."""
 
     document: Path | None = None
-    """A Markdown file whose marked places are filled with the tables, and beside which images/study_*.png are drawn;
-    default: OUT/study.md, which is made where there is none. docs/study.md is such a file."""
+    """A Markdown file whose marked places are filled with the tables, and beside which go images/study_*.png and
+    a copy of results.json; default: OUT/study.md, which is made where there is none. docs/study.md is such a file."""
 
     parallel: int = 2
     """Students that are trained at a time, each in its own process with its share of the processors."""
@@ -316,10 +316,12 @@ def _report(config: Study, out: Path, size: StudySize, chosen: tuple[Arm, ...]) 
         "questions": questions_of(runs, sizes),
         "tails": tail_masses(out, size, device="cpu", threads=1),
     }
-    text = json.dumps(results, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
     durable.write_file(out / "results.json", text.encode() + b"\n")
     document = config.document or out / "study.md"
     write_report(results, document)
+    if config.document is not None:
+        durable.write_file(document.with_suffix(".json"), text.encode() + b"\n")
     print(f"\nwrote {out / 'results.json'} and {document}")
     return results
 

@@ -146,7 +146,7 @@ def _grid(results: dict[str, Any], path: Path) -> bool:
         bands={title: _band((c["beta"], c["kl"]) for c in cells) for title, cells in lines.items()},
         title="Held-out KL of TAD minus that of KD, same cache (bands: 95 % intervals, paired)",
         xlabel="β",
-        ylabel="difference (nats per position); below 0 TAD is closer to the teacher",
+        ylabel="TAD minus KD (nats per position)",
         xscale="log",
         path=path,
     )
@@ -165,7 +165,7 @@ def _worth(results: dict[str, Any], path: Path) -> bool:
         bands={title: _band((r["bytes_per_position"], r["kl"]) for r in each) for title, each in kept.items()},
         title="KL lost against the live teacher, by what is stored (bands: 95 % intervals, paired)",
         xlabel="bytes per position",
-        ylabel="held-out KL minus that of KD with the live teacher (nats)",
+        ylabel="KL minus live KD's (nats per position)",
         xscale="log",
         path=path,
     )

@@ -123,9 +123,9 @@ def questions_of(runs: Runs, bytes_per_position: dict[str, dict[str, float]]) ->
       cache_against_live: cache minus live teacher, KD and TAD, every metric. tad_against_kl: held-out KL of TAD minus
       that of KD from the same cache, with single intervals and such that hold for the whole grid at once; and for the
       live teacher. weights: KD whose divergence has more weight, or all of it, minus KD; and TAD minus each of these,
-      TAD without CLM where KD is without. top_k: plain top-K, and the sampled tail at the same K, minus KD with the
-      live teacher. tails: each tail choice at K = 10 minus the exact one. worth: K and m, bytes, and KL minus that of
-      KD with the live teacher.
+      TAD without CLM where KD is without. others: the other losses minus KD, every metric. top_k: plain top-K, and
+      the sampled tail at the same K, minus KD with the live teacher. tails: each tail choice at K = 10 minus the exact
+      one. worth: K and m, bytes, and KL minus that of KD with the live teacher.
     """
     return {
         "cache_against_live": {
@@ -143,6 +143,11 @@ def questions_of(runs: Runs, bytes_per_position: dict[str, dict[str, float]]) ->
             }
             for name, tad in (*((f"kd-w{w:g}", "tad-k10-b2") for w in WEIGHTS), ("kd-alone", "tad-alone"))
             if _have(runs, name, "kd") and _have(runs, name, tad)
+        ],
+        "others": [
+            {"arm": arm.name, **{metric: _paired(runs, arm.name, "kd", metric) for metric in METRICS}}
+            for arm in runs.arms
+            if arm.group == "others" and _have(runs, arm.name, "kd")
         ],
         "top_k": [
             {"top_k": k, "tail": tail, "arm": name, **_against_live(runs, name)}
@@ -191,6 +196,7 @@ def _tad_against_kl(runs: Runs) -> dict[str, Any]:
                 "kl": _paired(runs, name, "kd", "kl"),
                 "kl_simultaneous": _paired(runs, name, "kd", "kl", comparisons=len(there)),
                 "cross_entropy": _paired(runs, name, "kd", "cross_entropy"),
+                "full_ece": _paired(runs, name, "kd", "full_ece"),
             }
             for (k, beta), name in there.items()
         ]

@@ -45,7 +45,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _setup(results: dict[str, Any]) -> str:
     settings, text, where = results["settings"], results["text"], results["conditions"]
     parts = text["parts"]
-    seconds = [each["seconds"].get("all", 0.0) for each in results["sessions"]]
+    runs = [each["seconds"] * len(each["seeds"]) for each in results["students"].values()]
+    at_a_time = f", {results['sessions'][-1]['parallel']} at a time" if results["sessions"] else ""
     versions = ", ".join(f"{name} {number}" for name, number in text["versions"].items())
     teacher, student = (
         f"{m['num_layers']} layers of width {m['hidden_size']}" for m in (settings["teacher"], settings["student"])
@@ -64,7 +65,7 @@ def _setup(results: dict[str, Any]) -> str:
         ("held out", f"{results['held_out']['positions']:,} positions of {results['held_out']['modules']:,} modules"),
         ("seeds", ", ".join(str(seed) for seed in settings["seeds"])),
         ("machine", f"{where['processor']}, {where['cores']} cores, PyTorch {where.get('torch', '?')}"),
-        ("time", f"{sum(seconds) / 60:.0f} minutes" + (f" in {len(seconds)} sittings" if len(seconds) > 1 else "")),
+        ("time of the students", f"{sum(runs) / 60:.0f} minutes, measuring included{at_a_time}"),
     ]
     return _table(("", ""), rows)
 
@@ -111,7 +112,7 @@ def _differences(row: dict[str, Any]) -> tuple[str, ...]:
 
 def _tad(results: dict[str, Any]) -> str:
     found = results["questions"]["tad_against_kl"]
-    header = ("K", "β", "KL: TAD minus KD", "the same, all cells at once", "cross-entropy: TAD minus KD")
+    header = ("K", "β", "KL: TAD minus KD", "the same, all cells at once", "cross-entropy", "Full-ECE, points")
     rows = [
         (
             str(cell["top_k"]),
@@ -119,6 +120,7 @@ def _tad(results: dict[str, Any]) -> str:
             shown(cell["kl"], difference=True),
             shown(cell["kl_simultaneous"], difference=True),
             shown(cell["cross_entropy"], difference=True),
+            shown(cell["full_ece"], 2, difference=True, scale=100),
         )
         for cell in found["grid"]
     ]
@@ -131,6 +133,7 @@ def _tad(results: dict[str, Any]) -> str:
                 shown(live["kl"], difference=True),
                 "",
                 shown(live["cross_entropy"], difference=True),
+                shown(live["full_ece"], 2, difference=True, scale=100),
             )
         )
     return _table(header, rows)
@@ -158,6 +161,12 @@ def _weights(results: dict[str, Any]) -> str:
         for each in results["questions"]["weights"]
     ]
     return _table(header, rows)
+
+
+def _others(results: dict[str, Any]) -> str:
+    titles = {name: each["title"] for name, each in results["students"].items()}
+    header = ("minus KD from the cache", "KL", "cross-entropy", "Full-ECE, points", "top-1 agreement, points")
+    return _table(header, [(titles[each["arm"]], *_differences(each)) for each in results["questions"]["others"]])
 
 
 def _top_k(results: dict[str, Any]) -> str:
@@ -196,7 +205,8 @@ def _worth(results: dict[str, Any]) -> str:
 
 def _tail_masses(results: dict[str, Any]) -> str:
     titles = {"study": "the study's teacher", "smollm2": "SmolLM2-135M-Instruct"}
-    ks = ("1", "5", "10", "20", "32", "64")
+    masses = [each["tail_mass"] for each in results["tails"].values()]
+    ks = [k for k in ("1", "5", "10", "20", "32", "64") if any(k in mass for mass in masses)]
     header = ("teacher", "positions", "mismatch with the text, %", *(f"mass beyond K = {k}, %" for k in ks))
     rows = [
         (
@@ -216,6 +226,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "live": _live,
     "tad": _tad,
     "weights": _weights,
+    "others": _others,
     "top_k": _top_k,
     "tails": _tails,
     "worth": _worth,

@@ -39,7 +39,9 @@ def config_of(settings: dict[str, Any]) -> Any:
     if "lora_targets" in student:
         student["lora_targets"] = tuple(student["lora_targets"])
     paths = {name: Path(settings[name]) for name in ("cache", "out")}
-    several = {name: tuple(settings[name]) for name in ("teachers", "teacher_weights") if name in settings}
+    several: dict[str, Any] = {
+        name: tuple(settings[name]) for name in ("teachers", "teacher_weights") if name in settings
+    }
     return TrainConfig(**{**settings, **paths, **several, "student": StudentConfig(**student)})
 
 

@@ -19,7 +19,7 @@ from tailcache.scripts.study import Study, study
 from tailcache.scripts.study_arms import BETAS, SPLITS, arms, recipes_of
 from tailcache.scripts.study_measure import BINS, SUMS, full_ece, held_out_rows, module_sums
 from tailcache.scripts.study_models import encode, language_model, train_tokenizer
-from tailcache.scripts.study_report import filled
+from tailcache.scripts.study_report import PLOTS, filled
 from tailcache.scripts.study_run import curve_steps, read_run, run_path, write_run
 from tailcache.scripts.study_settings import SIZES, ModelSize
 from tailcache.scripts.study_statistics import ArmSums, Intervals
@@ -274,6 +274,13 @@ def test_every_table_has_its_place_in_the_document_once() -> None:
         assert text.count(f"<!-- study: {name} -->") == 1
 
 
+def test_figures_in_the_document_are_those_of_its_json() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    results = json.loads(DOCUMENT.with_suffix(".json").read_text())
+    drawn = [name for name in PLOTS if (DOCUMENT.parent / "images" / f"study_{name}.png").is_file()]
+    assert filled(text, results, str(DOCUMENT), drawn) == text
+
+
 def test_words_written_by_hand_stay_and_marks_are_checked() -> None:
     results: dict[str, Any] = {"questions": {"tails": {"drop": {"value": 0.5, "low": 0.25, "high": 0.75}}}}
     text = "Before.\n<!-- study: tails -->\nold\n<!-- end -->\nAfter.\n"
@@ -339,7 +346,8 @@ def test_the_whole_study_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytes
     first = run_path(tmp_path, "kd", 0)
     before, teacher = first.read_bytes(), (tmp_path / "teacher" / "model.safetensors").stat().st_mtime_ns
     more = ("kd", "kd-online", "kd-k10-renormalise", "tad-k10-b2", "tad-online", "kd-w2")
-    results = study(replace(config, arms=more))
+    document = tmp_path / "words.md"
+    results = study(replace(config, arms=more, document=document))
     assert first.read_bytes() == before
     assert (tmp_path / "teacher" / "model.safetensors").stat().st_mtime_ns == teacher
     assert not (tmp_path / "teacher.state").exists()
@@ -358,7 +366,8 @@ def test_the_whole_study_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytes
     learnt = results["start"]["kl"]["value"] - results["students"]["kd-online"]["kl"]["value"]
     assert learnt > 0
     assert abs(live["KD"]["kl"]["value"]) < 0.2 * learnt
-    text = (tmp_path / "study.md").read_text(encoding="utf-8")
+    assert json.loads(document.with_suffix(".json").read_text()) == json.loads(json.dumps(results))
+    text = document.read_text(encoding="utf-8")
     assert "KD, live teacher" in text
     assert "](images/study_kl.png)" in text
     assert (tmp_path / "images" / "study_kl.png").is_file()
