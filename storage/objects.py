@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 import threading
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -110,16 +111,17 @@ def read_object(
             raise ValueError(f"expected at least {end} chunks, found {len(table)}")
         read = place.read_ranges(name, ranges)
         payloads = [_payload(stored, b - a, spec) for (a, b), stored in zip(ranges, read, strict=True)]
-        order: Literal["C", "F"] = "F" if spec.column_major else "C"  # as the chunks lie, so that copying them is fast
+        # By rows, which decoding is faster with, where there are loops to transpose; else as the chunks lie.
+        loops = decode_loops(0) if spec.column_major and _LITTLE else None
+        order: Literal["C", "F"] = "F" if spec.column_major and loops is None else "C"
         if place.local is not None and use_rust(
             end - begin
         ):  # it compares no checksums where it reads part of an object
             number = int(name.split("/")[-1 if spec.columns is None else -2])
-            values = read_chunks(place.local, spec, number, begin, end)
-            return values[first - begin * spec.chunk :][: last - first].copy(order)
-        loops = decode_loops(0) if spec.column_major and _LITTLE else None
-        if loops is not None:
-            order = "C"  # which decoding is faster with
+            values = read_chunks(place.local, spec, number, begin, end)[first - begin * spec.chunk :][: last - first]
+            out = empty(values.shape, values.dtype, order)
+            _copy(values, out, loops)
+            return out
         out = empty((last - first, *trailing), np.dtype(spec.dtype), order)  # not before there is enough to fill it
         for chunk, payload in enumerate(payloads, begin):
             start = chunk * spec.chunk
@@ -127,12 +129,8 @@ def read_object(
             part = out[low - first : high - first]
             if high - low == spec.chunk and part.flags.c_contiguous and not spec.column_major and _LITTLE:
                 blosc.decompress(payload, part)
-                continue
-            values = _decode_chunk(payload, spec)[low - start : high - start]
-            if loops is None:
-                part[:] = values
             else:
-                loops.transpose(values.T, part)
+                _copy(_decode_chunk(payload, spec)[low - start : high - start], part, loops)
     except StorageError:
         raise
     except (OSError, ValueError, RuntimeError, OverflowError, IndexError) as error:
@@ -169,6 +167,14 @@ def _payload(stored: bytes, length: int, spec: ArraySpec) -> bytes:
     if problem:
         raise ValueError(problem)
     return payload
+
+
+def _copy(values: NDArray[Any], out: NDArray[Any], loops: ModuleType | None) -> None:
+    """Copy what may lie by columns, by compiled loops where there are any."""
+    if loops is None:
+        out[:] = values
+    else:
+        loops.transpose(values.T, out)
 
 
 def _decode_chunk(payload: bytes, spec: ArraySpec) -> NDArray[Any]:

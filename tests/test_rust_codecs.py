@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from storage_fixtures import Exact, make_corpus, make_exact
 
-from tailcache.storage import rust_codecs
+from tailcache.storage import compiled, rust_codecs
 from tailcache.storage.arrays import ArraySpec
 from tailcache.storage.errors import ConfigError, CorruptError
 from tailcache.storage.reader import open_cache
@@ -33,9 +33,13 @@ def written(path: Path) -> Exact:
     return exact
 
 
+@pytest.mark.parametrize("loops", ["never", "always"])
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.tuples(st.integers(0, 10), st.integers(0, 10)).map(sorted))
-def test_the_same_values(shared: Exact, monkeypatch: pytest.MonkeyPatch, rows: list[int]) -> None:
+@given(rows=st.tuples(st.integers(0, 10), st.integers(0, 10)).map(sorted))
+def test_the_same_values(shared: Exact, monkeypatch: pytest.MonkeyPatch, loops: str, rows: list[int]) -> None:
+    if loops == "always":
+        pytest.importorskip("numba")
+    monkeypatch.setenv(compiled.SWITCH, loops)
     found = {}
     for switch in ("always", "never"):
         monkeypatch.setenv(SWITCH, switch)
