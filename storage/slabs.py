@@ -24,6 +24,8 @@ _PRIVATE: Any = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap
 """By default a process and its forks would write into the same memory."""
 _kept: dict[int, list[mmap.mmap]] = {}
 _num_kept = [0]
+_asked: dict[int, None] = {}
+"""Sizes, the one that was asked for last at the end."""
 
 
 class _Lease(np.ndarray[Any, Any]):
@@ -40,17 +42,30 @@ def empty(shape: tuple[int, ...], dtype: DTypeLike, order: Literal["C", "F"] = "
         return np.empty(shape, kind, order)
     step = 1 << (size.bit_length() - 4)  # sizes in steps of an eighth, so that they recur
     rounded = -(-size // step) * step
-    try:
-        memory = _kept.setdefault(rounded, []).pop()
-        _num_kept[0] -= rounded
-    except IndexError:
-        memory = mmap.mmap(-1, rounded, **_PRIVATE)
+    _asked.pop(rounded, None)
+    _asked[rounded] = None
+    memory = _taken(rounded) or mmap.mmap(-1, rounded, **_PRIVATE)
     lease = _Lease((size,), np.uint8, memory)
     weakref.finalize(lease, _keep, memory, rounded).atexit = False
     return np.ndarray(shape, kind, lease, order=order)
 
 
+def _taken(size: int) -> mmap.mmap | None:
+    """Memory of this size that is kept, and is so no more."""
+    try:
+        memory = _kept.get(size, []).pop()
+    except IndexError:
+        return None
+    _num_kept[0] -= size
+    return memory
+
+
 def _keep(memory: mmap.mmap, size: int) -> None:
-    if _num_kept[0] + size <= _LIMIT:  # no lock, which a fork could leave locked; to be off by a few is no harm
+    """Keep memory that is free, rather than that of sizes nobody has asked for longer."""
+    # No lock, which a fork could leave locked; to be off by a few is no harm.
+    for other in list(_asked):
+        while _num_kept[0] + size > _LIMIT and other != size and _taken(other):
+            pass
+    if _num_kept[0] + size <= _LIMIT:
         _num_kept[0] += size
         _kept.setdefault(size, []).append(memory)

@@ -66,6 +66,17 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(size * len(each) for size, each in slabs._kept.items()) == slabs._num_kept[0] > 0
 
 
+def test_sizes_that_are_no_more_asked_for_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what was read once would keep the memory that is read into all the time from being kept."""
+    monkeypatch.setattr(slabs, "_LIMIT", 1 << 20)
+    once = [empty((100_000 + 20_000 * i,), np.uint8) for i in range(8)]
+    once.clear()
+    several = [empty(SHAPE, np.float32) for _ in range(2)]
+    several.clear()
+    assert sum(len(each) for size, each in slabs._kept.items() if size >= 400_000) == 2
+    assert sum(size * len(each) for size, each in slabs._kept.items()) == slabs._num_kept[0] <= 1 << 20
+
+
 def test_threads_never_share() -> None:
     wrong = []
 
