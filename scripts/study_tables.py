@@ -140,7 +140,6 @@ def _tad(results: dict[str, Any]) -> str:
 
 
 def _weights(results: dict[str, Any]) -> str:
-    titles = {name: each["title"] for name, each in results["students"].items()}
     header = (
         "",
         "KL minus that of KD",
@@ -151,7 +150,7 @@ def _weights(results: dict[str, Any]) -> str:
     )
     rows = [
         (
-            titles[each["arm"]],
+            results["students"][each["arm"]]["title"],
             shown(each["kl"], difference=True),
             shown(each["cross_entropy"], difference=True),
             shown(each["full_ece"], 2, difference=True, scale=100),
@@ -164,9 +163,11 @@ def _weights(results: dict[str, Any]) -> str:
 
 
 def _others(results: dict[str, Any]) -> str:
-    titles = {name: each["title"] for name, each in results["students"].items()}
     header = ("minus KD from the cache", "KL", "cross-entropy", "Full-ECE, points", "top-1 agreement, points")
-    return _table(header, [(titles[each["arm"]], *_differences(each)) for each in results["questions"]["others"]])
+    return _table(
+        header,
+        [(results["students"][each["arm"]]["title"], *_differences(each)) for each in results["questions"]["others"]],
+    )
 
 
 def _top_k(results: dict[str, Any]) -> str:

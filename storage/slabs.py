@@ -63,9 +63,10 @@ def _taken(size: int) -> mmap.mmap | None:
 def _keep(memory: mmap.mmap, size: int) -> None:
     """Keep memory that is free, rather than that of sizes nobody has asked for longer."""
     # No lock, which a fork could leave locked; to be off by a few is no harm.
-    for other in list(_asked):
-        while _num_kept[0] + size > _LIMIT and other != size and _taken(other):
-            pass
+    if _num_kept[0] + size > _LIMIT:
+        for other in list(_asked):
+            while other != size and _num_kept[0] + size > _LIMIT and _taken(other):
+                pass
     if _num_kept[0] + size <= _LIMIT:
         _num_kept[0] += size
         _kept.setdefault(size, []).append(memory)
