@@ -174,7 +174,8 @@ class CaptureConfig:
     --shard-positions lowers what that takes."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the model; auto is the checkpoint's own, and bfloat16 for GGUF. Logits are always float32."""
+    """Precision of the model; auto is the checkpoint's own, and for GGUF bfloat16, or float32 where the processor has
+    no fast products in it. Logits are always float32."""
 
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto is the GPU where there is one."""

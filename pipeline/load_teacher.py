@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from tailcache.pipeline.precision import is_slow, native_dtype
 from tailcache.pipeline.rounding import round_weights
 from tailcache.pipeline.teacher import ROUNDING, Teacher
 from tailcache.storage.errors import ConfigError, TeacherError
@@ -93,7 +94,8 @@ def load_teacher(
       source: a folder, a hub id, or the path of a GGUF file.
       vocab_size: real tokens of the corpus.
       revision: of a hub model.
-      dtype: of the trunk: float32, bfloat16, float16, or auto (what the checkpoint has; bfloat16 for GGUF).
+      dtype: of the trunk: float32, bfloat16, float16, or auto (what the checkpoint has; for GGUF, whose weights are
+        decoded anyway, bfloat16 where the device is made for it and float32 where not).
       device: cpu, cuda, cuda:1, …, or auto (cuda where there is one).
       attn_implementation: what ``transformers`` should use: eager, sdpa, flash_attention_2, …
       weight_bits: round the linear layers' weights to so many bits, to see what quantising the teacher costs.
@@ -107,18 +109,18 @@ def load_teacher(
     if dtype != "auto" and dtype not in DTYPES:
         raise ConfigError(f"dtype: expected auto or one of {', '.join(DTYPES)}; found {dtype!r}")
     name, gguf = locate(source)
+    chosen = _device(device)
     options: dict[str, Any] = {"dtype": DTYPES.get(dtype, "auto"), "trust_remote_code": trust_remote_code, **gguf}
     if gguf:
         from transformers import GgufConfig
 
         # Dequantised once at loading: a dense model whose dtype is ours to choose, on any device.
         options["quantization_config"] = GgufConfig(dequantize=True)
-        options["dtype"] = DTYPES.get(dtype, torch.bfloat16)
+        options["dtype"] = DTYPES.get(dtype) or native_dtype(chosen)
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if revision is not None:
         options["revision"] = revision
-    chosen = _device(device)
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
@@ -140,6 +142,13 @@ def load_teacher(
         )
     if model.dtype not in ROUNDING:
         raise TeacherError(f"teacher {source}: expected float32, bfloat16 or float16 weights, found {model.dtype}")
+    if is_slow(model.dtype, chosen):
+        _logger.warning(
+            "teacher %s: this processor has no fast products in %s and will take many times as long as in float32; "
+            "give --dtype float32, or a GPU",
+            source,
+            str(model.dtype).removeprefix("torch."),
+        )
     nn.Module.eval(model)
     nn.Module.to(model, chosen)
     if weight_bits is not None:

@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from tailcache.pipeline.config import CaptureConfig
+from tailcache.pipeline.load_teacher import DTYPES
 from tailcache.pipeline.opened import OpenedTeacher, open_teacher
 from tailcache.pipeline.teacher import Teacher
 from tailcache.storage.corpus import Corpus
@@ -45,6 +46,8 @@ def stored_config(
     known = {field.name for field in fields(CaptureConfig)} - {"cache", "teacher", "threads", "trust_remote_code"}
     values: dict[str, Any] = {name: value for name, value in config.items() if name in known}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    if config.get("dtype") == "auto" and manifest.settings.get("dtype") in DTYPES:
+        values["dtype"] = manifest.settings["dtype"]  # what it was then; on this machine it might be another
     try:
         return CaptureConfig(cache=cache, teacher=teacher, threads=threads, trust_remote_code=trust, **values)
     except (TypeError, ConfigError) as error:

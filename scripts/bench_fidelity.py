@@ -190,7 +190,7 @@ def _measure_all(config: BenchFidelity, corpus: Any) -> tuple[list[Entry], dict[
             f"max_tokens: expected at least {num} held-out positions, found {len(next_T)}; raise --max-tokens or "
             "--held-out"
         )
-    teacher = load_teacher(str(smollm2()), vocab_size=vocab_size, dtype="bfloat16")
+    teacher = load_teacher(str(smollm2()), vocab_size=vocab_size)
     hidden_TD, others_ND = real.run_trunk(teacher, held_out)[:num], real.run_trunk(teacher, others)
     say(f"teacher run over {num} positions to be measured and {len(others_ND)} others")
     side = real.teacher_side(
@@ -240,7 +240,7 @@ def _measure_all(config: BenchFidelity, corpus: Any) -> tuple[list[Entry], dict[
     )
     say(f"student trained on {seen_by_student} positions")
     add("half-trained", Teacher(small, vocab_size=vocab_size))
-    rounded = load_teacher(str(smollm2()), vocab_size=vocab_size, dtype="bfloat16", weight_bits=config.weight_bits)
+    rounded = load_teacher(str(smollm2()), vocab_size=vocab_size, weight_bits=config.weight_bits)
     add("nearly converged", rounded)
     return entries, kl, _noise(problem, config)
 

@@ -84,7 +84,7 @@ def bench(config: BenchStorage) -> None:
         prepare(docstring_corpus(Path(folder) / "cache", max_tokens=config.positions))
         corpus = open_cache(Path(folder) / "cache").corpus
         rows, counts = corpus.rows(0, corpus.num_rows), corpus.token_counts
-        targets = _capture(config, str(smollm2()), rows, corpus.vocab_size, "bfloat16", corpus.hash)
+        targets = _capture(config, str(smollm2()), rows, corpus.vocab_size, "auto", corpus.hash)
         figures["SmolLM2"] = _measure(config, targets, counts, "SmolLM2", bars)
         if config.wide_seconds > 0:
             spread = np.zeros(VOCAB_SIZE, np.int64)
