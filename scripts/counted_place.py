@@ -55,7 +55,7 @@ class CountedPlace(Place):
         self.count.num_bytes += len(data)
         return data
 
-    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes | memoryview]:
         """Some byte ranges of a file."""
         parts = self.inner.read_ranges(name, ranges)
         self.count.num_bytes += sum(map(len, parts))

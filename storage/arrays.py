@@ -148,7 +148,7 @@ def checksum_ranges(index: bytes, size: int) -> list[tuple[int, int]]:
     return [(end - 4, end) for end in ends]
 
 
-def seal_of(index: bytes, checksums: Sequence[bytes]) -> str:
+def seal_of(index: bytes, checksums: Sequence[bytes | memoryview]) -> str:
     """``ArraySpec.chunk_seal`` from its parts."""
     return hashlib.sha256(b"".join([index, *checksums])).hexdigest()
 

@@ -15,15 +15,14 @@ from numpy.typing import NDArray
 from tailcache.storage.codec import Targets
 from tailcache.storage.corpus import Rows
 from tailcache.storage.errors import MismatchError
+from tailcache.storage.pieces import Piece, Pieces, Span, arrays_of
 from tailcache.storage.shares import Stage
-from tailcache.storage.slabs import empty
 
 if TYPE_CHECKING:
     from tailcache.storage.several import AnyTeacher
 
 __all__ = ["Block", "Cut", "Stored", "TargetRows", "gather", "read_block", "walk"]
 
-_LONG_ROW = 256  # elements
 _MAX_GAP_ROWS = 8  # rows read along rather than starting another read
 
 
@@ -31,7 +30,7 @@ Stored = dict[str, NDArray[Any]]
 """The stored fields of some target positions, by name: what ``Teacher.decode`` decodes."""
 
 
-Decode = Callable[[Stored, NDArray[np.int64]], Targets]
+Decode = Callable[[Mapping[str, NDArray[Any] | Pieces], NDArray[np.int64]], Targets]
 """``Teacher.decode``: stored fields, and the corpus rows that they are of."""
 
 
@@ -112,8 +111,8 @@ def read_block(
         parts.append(Block(rows=read, stored=stored, target_offsets=offsets, chosen=run - first))
     if len(parts) == 1:
         return parts[0]
-    joined, stored, target_offsets = _join([(part, part.chosen) for part in parts])
-    return Block(rows=joined, stored=stored, target_offsets=target_offsets, chosen=np.arange(len(joined)))
+    joined, pieces, target_offsets = _join([(part, part.chosen) for part in parts])
+    return Block(rows=joined, stored=arrays_of(pieces), target_offsets=target_offsets, chosen=np.arange(len(joined)))
 
 
 def gather(
@@ -126,7 +125,7 @@ def gather(
 
     Args:
       held: blocks by their visit.
-      visits: [R] which block each row is from; rows of one block should be together, each such run is one copy.
+      visits: [R] which block each row is from; rows of one block should be together, each such run is one piece.
       places: [R] which row of its block.
       decode: ``Teacher.decode``.
     """
@@ -138,70 +137,37 @@ def gather(
     return TargetRows(rows=rows, targets=targets, target_offsets=target_offsets)
 
 
-class _Span:
-    """Some rows' elements of flat arrays, one after another."""
+def _join(pairs: list[tuple[Block, NDArray[np.int64]]]) -> tuple[Rows, dict[str, Pieces], NDArray[np.int64]]:
+    """Some rows of each block, by their indices in it, after one another; of their targets no copy is made."""
+    of_tokens, offsets = _spans([(block.rows.offsets, places) for block, places in pairs])
+    of_targets, target_offsets = _spans([(block.target_offsets, places) for block, places in pairs])
 
-    def __init__(self, offsets: NDArray[np.int64], places: NDArray[np.int64]) -> None:
-        starts = offsets[places]
-        self.lengths = offsets[places + 1] - starts
-        ends = np.cumsum(self.lengths)
-        self.total = int(ends[-1]) if len(ends) else 0
-        if self.total >= _LONG_ROW * len(places):  # a copy for each row, of so many bytes that this is the fastest
-            self.slices = list(zip(starts.tolist(), (ends - self.lengths).tolist(), self.lengths.tolist(), strict=True))
-        else:
-            index = np.repeat(starts - (ends - self.lengths), self.lengths)
-            self.index = np.add(index, np.arange(self.total), out=index)
-            self.slices = []
+    def by_row(of: Callable[[Rows], NDArray[Any]]) -> NDArray[Any]:
+        return np.concatenate([of(block.rows)[places] for block, places in pairs])
 
-    def copy(self, values: NDArray[Any], out: NDArray[Any], axis: int) -> None:
-        """Copy the elements, along an axis."""
-        if not self.slices:
-            if self.total:
-                np.take(values, self.index, axis=axis, out=out, mode="clip")
-            return
-        for start, first, length in self.slices:
-            if axis:
-                out[:, first : first + length] = values[:, start : start + length]
-            else:
-                out[first : first + length] = values[start : start + length]
-
-
-def _join(pairs: list[tuple[Block, NDArray[np.int64]]]) -> tuple[Rows, Stored, NDArray[np.int64]]:
-    """Some rows of each block, by their indices in it, after one another; one copy."""
-    tokens = [_Span(block.rows.offsets, places) for block, places in pairs]
-    targets = [_Span(block.target_offsets, places) for block, places in pairs]
-
-    def collect(of: Callable[[Block], NDArray[Any]], spans: list[_Span]) -> NDArray[Any]:
-        first = of(pairs[0][0])
-        by_column = first.flags.f_contiguous and first.ndim > 1  # as it was stored; taken so, and left so
-        total = sum(span.total for span in spans)
-        out = empty((total, *first.shape[1:]), first.dtype, order="F" if by_column else "C")
-        done = 0
-        for (block, _), span in zip(pairs, spans, strict=True):
-            part, values = out[done : done + span.total], of(block)
-            span.copy(values.T if by_column else values, part.T if by_column else part, int(by_column))
-            done += span.total
-        return out
-
-    def by_row(of: Callable[[Block], NDArray[Any]]) -> NDArray[Any]:
-        return np.concatenate([of(block)[places] for block, places in pairs])
-
-    def offsets(spans: list[_Span]) -> NDArray[np.int64]:
-        return np.concatenate([[0], np.cumsum(np.concatenate([span.lengths for span in spans]))]).astype(np.int64)
+    def pieces(spans: list[Span], values: list[NDArray[Any]]) -> Pieces:
+        return Pieces(tuple(map(Piece, values, spans)))
 
     rows = Rows(
-        row_indices=by_row(lambda block: block.rows.row_indices),
-        offsets=offsets(tokens),
-        tokens=collect(lambda block: block.rows.tokens, tokens),
-        document_start=collect(lambda block: block.rows.document_start, tokens),
-        supervised=collect(lambda block: block.rows.supervised, tokens),
-        held_out=by_row(lambda block: block.rows.held_out),
+        row_indices=by_row(lambda rows: rows.row_indices),
+        offsets=offsets,
+        tokens=pieces(of_tokens, [block.rows.tokens for block, _ in pairs]).joined(),
+        document_start=pieces(of_tokens, [block.rows.document_start for block, _ in pairs]).joined(),
+        supervised=pieces(of_tokens, [block.rows.supervised for block, _ in pairs]).joined(),
+        held_out=by_row(lambda rows: rows.held_out),
     )
+    stored = {name: pieces(of_targets, [block.stored[name] for block, _ in pairs]) for name in pairs[0][0].stored}
+    return rows, stored, target_offsets
 
-    def field(name: str) -> NDArray[Any]:
-        return collect(lambda block: block.stored[name], targets)
 
-    return rows, {name: field(name) for name in pairs[0][0].stored}, offsets(targets)
+def _spans(chosen: list[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> tuple[list[Span], NDArray[np.int64]]:
+    """Where the elements of some rows of each block lie, and [R + 1] where they begin once laid after one another."""
+    spans = []
+    for offsets, places in chosen:
+        starts = offsets[places]
+        spans.append(Span(starts, offsets[places + 1] - starts))
+    ends = np.cumsum(np.concatenate([span.lengths for span in spans]))
+    return spans, np.concatenate([[0], ends]).astype(np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,18 +8,21 @@ allocation, and a decompressor never reads or writes beyond the buffers it is gi
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 from numcodecs.checksum32 import CRC32C
 from numpy.typing import NDArray
 
 from tailcache.storage.arrays import ArraySpec
 
-__all__ = ["ABSENT", "blosc_problem", "parse_index", "zstd_problem"]
+__all__ = ["ABSENT", "CHECKSUM_BYTES", "blosc_problem", "parse_index", "zstd_problem"]
 
 ABSENT = (1 << 64) - 1
 """Offset and length of a chunk that is not stored."""
-_CHECKSUM_BYTES = 4
-_BLOSC_HEADER = 16
+CHECKSUM_BYTES = 4
+"""Behind each chunk, and behind the index."""
+_BLOSC_HEADER, _SIZES = 16, struct.Struct("<III")
 _crc32c = CRC32C(location="end")
 
 
@@ -49,7 +52,7 @@ def parse_index(stored: bytes, size: int, spec: ArraySpec) -> NDArray[np.uint64]
     offset, length = index[:, 0], index[:, 1]
     absent = (offset == ABSENT) & (length == ABSENT)
     # Not offset + length <= end, which could wrap around.
-    inside = (length <= end) & (offset <= end - np.minimum(length, end)) & (length > _CHECKSUM_BYTES)
+    inside = (length <= end) & (offset <= end - np.minimum(length, end)) & (length > CHECKSUM_BYTES)
     if not (absent | inside).all():
         chunk = int(np.argmin(absent | inside))
         raise ValueError(
@@ -72,7 +75,7 @@ def blosc_problem(stored: bytes | memoryview, expected: int) -> str:
     """
     if len(stored) < _BLOSC_HEADER:
         return f"expected a blosc buffer of at least {_BLOSC_HEADER} bytes, found {len(stored)}"
-    decoded, block, encoded = (int.from_bytes(stored[i : i + 4], "little") for i in (4, 8, 12))
+    decoded, block, encoded = _SIZES.unpack_from(stored, 4)
     if decoded != expected:
         return f"expected a chunk of {expected} bytes, found one that would have {decoded} once decompressed"
     if encoded != len(stored):

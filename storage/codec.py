@@ -49,6 +49,8 @@ from tailcache.storage.levels import (
     scalar_steps,
     vocabulary_order,
 )
+from tailcache.storage.logarithm import natural_log
+from tailcache.storage.pieces import Pieces, arrays_of, pieces_of
 from tailcache.storage.slabs import empty
 
 if TYPE_CHECKING:
@@ -73,7 +75,9 @@ __all__ = [
 ]
 
 _BLOCK = 4096  # positions decoded at a time: few calls,
-_BLOCK_IDS, _BLOCK_IDS_COMPILED = 1 << 18, 1 << 16  # and so few ids that all that is done finds them in cache
+_BLOCK_IDS = 1 << 18  # and so few ids that all that is done finds them in cache
+_WIDE = ("token_codes", "logprob_gaps", "tail_sample_codes")
+"""Fields of more than one number per position."""
 _PAD = 16
 """Rows that are a power of two apart in memory compete for the same lines of the processor's cache, and transposing
 them takes nine times as long."""
@@ -112,6 +116,7 @@ class Codec:
             raise CorruptError(f"{where}, class_tokens: expected tokens from 0 to {size - 1}, none twice in a class")
         self._order, self._lists = order, lists
         self._tokens = np.concatenate([order, lists.ravel()]).astype(np.int32)
+        self._narrow_tokens = self._tokens.astype(np.uint16 if size <= 1 << 16 else np.int32)  # more of it in cache
         self._minus_levels = -levels.astype(np.float32)
         self._weights = np.exp(self._minus_levels)
         self._levels_L2 = np.stack([self._minus_levels, self._weights], axis=1)
@@ -188,45 +193,51 @@ class Codec:
 
     # -- decoding ----------------------------------------------------------------------------------------------
 
-    def decode(self, stored: Mapping[str, NDArray[Any]], where: str = "targets") -> Targets:
+    def decode(self, stored: Mapping[str, NDArray[Any] | Pieces], where: str = "targets") -> Targets:
         """The inverse of ``encode``, to its resolution; optional fields that are not given come back empty.
+
+        Args:
+          stored: the fields, as arrays or as rows of several.
+          where: what to call them in an error.
 
         Raises:
           CorruptError: a code lies outside its table (the checksums matched, so it was written so).
 
         Cost: nothing is done for one position at a time; ``bench_storage`` measures it.
         """
-        codes_TK, gaps_TK = stored["token_codes"], stored["logprob_gaps"]
-        num, top_k = codes_TK.shape
-        samples_Tm: NDArray[Any] | None = stored.get("tail_sample_codes")
-        num_samples = 0 if samples_Tm is None else samples_Tm.shape[1]
-        columns = sample_columns(num_samples)
-        places = np.empty(num_samples, np.intp)
-        places[columns] = np.arange(num_samples)
+        num, top_k = stored["token_codes"].shape
+        num_samples = stored["tail_sample_codes"].shape[1] if "tail_sample_codes" in stored else 0
+        others = arrays_of({name: values for name, values in stored.items() if name not in _WIDE})
         scalars = {
-            name: float_of(stored[name], self._steps, f"{where}, {name}")
+            name: float_of(others[name], self._steps, f"{where}, {name}")
             for name in ("tail_logit", "tail_entropy", "target_logit")
         }
         log_tail_T, log_head_T = logs_of(scalars["tail_logit"])
         log_target_T, log_not_target_T = logs_of(scalars["target_logit"])
-        classes_T = stored.get("position_class")
+        classes_T = others.get("position_class")
         if classes_T is not None:
             _check(classes_T, len(self._lists), f"{where}, position_class")
         token_ids = empty((num, top_k), np.int32)
         logprobs = empty((num, top_k), np.float32)
         tail_samples = empty((num, num_samples), np.int32)
         loops = decode_loops(num)
-        step = max(1, min(_BLOCK, (_BLOCK_IDS_COMPILED if loops else _BLOCK_IDS) // max(top_k, num_samples)))
-        for first in range(0, num, step):
-            part = slice(first, min(first + step, num))
-            chosen_T = None if classes_T is None else classes_T[part]
-            ids_TK, logprobs_TK = token_ids[part], logprobs[part]
-            self._decode_head(
-                loops, codes_TK[part], gaps_TK[part], chosen_T, log_head_T[part], ids_TK, logprobs_TK, where
-            )
-            if samples_Tm is not None:
-                self._decode_samples(loops, samples_Tm[part], places, tail_samples[part], where)
-        optional: dict[str, Any] = {name: stored[name] for name in (*OPTIONAL, "hidden_scale") if name in stored}
+        lists_T = self._begin_of_lists(classes_T, num)
+        if loops is None or not self._decode_by_loops(
+            loops, stored, lists_T, log_head_T, token_ids, logprobs, tail_samples
+        ):
+            # What the loops find wrong is found here again, and said.
+            wide = arrays_of({name: stored[name] for name in _WIDE if name in stored})
+            step = max(1, min(_BLOCK, _BLOCK_IDS // max(top_k, num_samples)))
+            for first in range(0, num, step):
+                part = slice(first, min(first + step, num))
+                codes_TK, gaps_TK = wide["token_codes"][part], wide["logprob_gaps"][part]
+                share_T = self._decode_levels(gaps_TK, logprobs[part], where)
+                shift_T = (log_head_T[part] - natural_log(share_T)).astype(np.float32)
+                np.add(logprobs[part], shift_T[:, None], out=logprobs[part])
+                self._decode_ids(codes_TK, gaps_TK, lists_T[part], token_ids[part], where)
+                if num_samples:
+                    self._decode_samples(wide["tail_sample_codes"][part], tail_samples[part], where)
+        optional: dict[str, Any] = {name: others[name] for name in (*OPTIONAL, "hidden_scale") if name in others}
         return Targets(
             token_ids=token_ids,
             logprobs=logprobs,
@@ -238,43 +249,39 @@ class Codec:
             **optional,
         )
 
-    def _decode_head(
+    def _decode_by_loops(
         self,
-        loops: ModuleType | None,
-        codes_TK: NDArray[Any],
-        gaps_TK: NDArray[Any],
-        chosen_T: NDArray[np.uint8] | None,
+        loops: ModuleType,
+        stored: Mapping[str, NDArray[Any] | Pieces],
+        lists_T: NDArray[np.int32],
         log_head_T: NDArray[np.float32],
         ids_TK: NDArray[np.int32],
         logprobs_TK: NDArray[np.float32],
-        where: str,
-    ) -> None:
-        """Ids, and levels rescaled to the head's mass."""
-        share_T = np.empty(len(codes_TK), np.float64)
-        num_codes = len(self._order) + self._lists.shape[1]
-        size = 0 if chosen_T is None else self._lists.shape[1]
-        if loops is None or not loops.decode_head(
-            codes_TK,
-            gaps_TK,
-            self._begin_of_lists(chosen_T, len(codes_TK)),
-            size,
-            self._tokens,
-            num_codes,
-            self._levels_L2,
-            ids_TK,
-            logprobs_TK,
-            share_T,
-        ):
-            # What the loops find wrong is found here again, and said.
-            self._decode_levels(gaps_TK, logprobs_TK, share_T, where)
-            self._decode_ids(codes_TK, gaps_TK, chosen_T, ids_TK, where)
-        with np.errstate(divide="ignore"):
-            np.add(logprobs_TK, (log_head_T - np.log(share_T)).astype(np.float32)[:, None], out=logprobs_TK)
+        samples_Tm: NDArray[np.int32],
+    ) -> bool:
+        """All that is not one number per position, read where it lies; whether it is in its tables."""
+        size, num_codes = self._lists.shape[1], len(self._order) + self._lists.shape[1]
+        done, right = 0, True
+        for codes, gaps in zip(*(pieces_of(stored[name]).parts for name in _WIDE[:2]), strict=True):
+            part = slice(done, done := done + codes.span.total)
+            right &= loops.decode_head(
+                codes.values, gaps.values, codes.span.starts, codes.span.lengths, lists_T[part], size,
+                self._narrow_tokens, num_codes, self._levels_L2, log_head_T[part], ids_TK[part], logprobs_TK[part],
+            )  # fmt: skip
+        if not samples_Tm.shape[1]:
+            return right
+        columns = np.argsort(sample_columns(samples_Tm.shape[1]))
+        done = 0
+        for each in pieces_of(stored["tail_sample_codes"]).parts:
+            part = slice(done, done := done + each.span.total)
+            right &= loops.decode_samples(
+                each.values, each.span.starts, each.span.lengths, columns, self._narrow_tokens, len(self._order),
+                samples_Tm[part],
+            )  # fmt: skip
+        return right
 
-    def _decode_levels(
-        self, gaps_TK: NDArray[Any], out_TK: NDArray[np.float32], share_T: NDArray[np.float64], where: str
-    ) -> None:
-        """Sum the gaps rank by rank, over all positions at once; look up; sum up."""
+    def _decode_levels(self, gaps_TK: NDArray[Any], out_TK: NDArray[np.float32], where: str) -> NDArray[np.float64]:
+        """Sum the gaps rank by rank, over all positions at once; look up; give each position's sum of exponentials."""
         num, top_k = gaps_TK.shape
         name = f"{where}, logprob_gaps"
         _check(gaps_TK, len(self._minus_levels), name)
@@ -285,18 +292,19 @@ class Codec:
         _check(levels_KT, len(self._minus_levels), name)
         weights_KT = _buffer("weights", (top_k, num), np.dtype("float32"), _PAD)
         np.take(self._weights, levels_KT, out=weights_KT, mode="clip")
-        share_T[:] = 0  # rank by rank: a position's terms are added in one order, whatever the others are
+        share_T = np.zeros(num)  # rank by rank: a position's terms are added in one order, whatever the others are
         for k in range(top_k):
             np.add(share_T, weights_KT[k], out=share_T)
         levels_TK = _buffer("by position", (num, top_k), self._level_type)
         np.copyto(levels_TK, levels_KT.T)
         np.take(self._minus_levels, levels_TK, out=out_TK, mode="clip")
+        return share_T
 
     def _decode_ids(
         self,
         codes_TK: NDArray[Any],
         gaps_TK: NDArray[Any],
-        chosen_T: NDArray[np.uint8] | None,
+        lists_T: NDArray[np.int32],
         out_TK: NDArray[np.int32],
         where: str,
     ) -> None:
@@ -317,15 +325,14 @@ class Codec:
         _check(codes_KT, len(self._order) + size, f"{where}, token_codes")
         codes_by_position_TK = _buffer("by position", (num, top_k), kind)
         np.copyto(codes_by_position_TK, codes_KT.T)
-        if chosen_T is None:
+        if size == 0:
             np.take(self._tokens, codes_by_position_TK, out=out_TK, mode="clip")
             return
         # Codes from M on count in the order, which comes first in the table; those below M in a list behind it.
         places_TK = _buffer("places", (num, top_k), np.dtype("int32"))
         np.subtract(codes_by_position_TK, size, out=places_TK, dtype=np.int32, casting="unsafe")
         in_list_TK = np.right_shift(places_TK, 31, out=_buffer("in list", (num, top_k), np.dtype("int32")))
-        lists_T = self._begin_of_lists(chosen_T, num) + np.int32(size)
-        np.bitwise_and(in_list_TK, lists_T[:, None], out=in_list_TK)
+        np.bitwise_and(in_list_TK, (lists_T + np.int32(size))[:, None], out=in_list_TK)
         np.add(places_TK, in_list_TK, out=places_TK)
         np.take(self._tokens, places_TK, out=out_TK, mode="clip")
 
@@ -335,17 +342,9 @@ class Codec:
             return np.zeros(num, np.int32)
         return chosen_T.astype(np.int32) * np.int32(self._lists.shape[1]) + np.int32(len(self._order))
 
-    def _decode_samples(
-        self,
-        loops: ModuleType | None,
-        samples_Tm: NDArray[Any],
-        places: NDArray[np.intp],
-        out_Tm: NDArray[np.int32],
-        where: str,
-    ) -> None:
+    def _decode_samples(self, samples_Tm: NDArray[Any], out_Tm: NDArray[np.int32], where: str) -> None:
         (num, num_samples), kind = samples_Tm.shape, samples_Tm.dtype
-        if loops is not None and loops.decode_samples(samples_Tm, places, self._tokens, len(self._order), out_Tm):
-            return
+        places = np.argsort(sample_columns(num_samples))
         ranks_mT = _buffer("by rank", (num_samples, num), kind, _PAD)
         ranks_mT[0] = samples_Tm[:, places[0]]
         for j in range(1, num_samples):

@@ -333,7 +333,7 @@ class CachedPlace(Place):
         finally:
             os.close(copy[0])
 
-    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes | memoryview]:
         """Some byte ranges of a file; of an expected one, all of it is fetched the first time."""
         copy = self._copy(name)
         if copy is None:

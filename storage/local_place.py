@@ -9,9 +9,12 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from tailcache.storage import durable
 from tailcache.storage.errors import CorruptError, StorageError
 from tailcache.storage.place import Claim, Place
+from tailcache.storage.slabs import SMALLEST, empty
 
 __all__ = ["LocalPlace"]
 
@@ -77,10 +80,18 @@ class LocalPlace(Place):
         with self._opened(name) as descriptor, open(descriptor, "rb", closefd=False) as file:
             return file.read()
 
-    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes | memoryview]:
         """Some byte ranges of a file."""
         with self._opened(name) as descriptor:
-            return [os.pread(descriptor, last - first, first) for first, last in ranges]
+            total = sum(last - first for first, last in ranges)
+            if total < SMALLEST:
+                return [os.pread(descriptor, last - first, first) for first, last in ranges]
+            left = memoryview(empty((total,), np.uint8).data)
+            parts = []
+            for first, last in ranges:
+                part, left = left[: last - first], left[last - first :]
+                parts.append(part[: os.preadv(descriptor, [part], first)])
+            return parts
 
     def read_end(self, name: str, count: int) -> tuple[bytes, int]:
         """The last bytes of a file, and its size."""

@@ -23,7 +23,7 @@ from numcodecs.checksum32 import CRC32C
 from numpy.typing import NDArray
 
 from tailcache.storage.arrays import ArraySpec, checksum_ranges, seal_of
-from tailcache.storage.chunk_bounds import ABSENT, blosc_problem, parse_index
+from tailcache.storage.chunk_bounds import ABSENT, CHECKSUM_BYTES, blosc_problem, parse_index
 from tailcache.storage.compiled import decode_loops
 from tailcache.storage.errors import CorruptError, StorageError
 from tailcache.storage.limits import chunk_bytes
@@ -110,13 +110,12 @@ def read_object(
         if len(ranges) < end - begin:
             raise ValueError(f"expected at least {end} chunks, found {len(table)}")
         read = place.read_ranges(name, ranges)
-        payloads = [_payload(stored, b - a, spec) for (a, b), stored in zip(ranges, read, strict=True)]
+        size = chunk_bytes(spec)
+        payloads = [_payload(stored, b - a, size) for (a, b), stored in zip(ranges, read, strict=True)]
         # By rows, which decoding is faster with, where there are loops to transpose; else as the chunks lie.
         loops = decode_loops(0) if spec.column_major and _LITTLE else None
         order: Literal["C", "F"] = "F" if spec.column_major and loops is None else "C"
-        if place.local is not None and use_rust(
-            end - begin
-        ):  # it compares no checksums where it reads part of an object
+        if place.local is not None and use_rust(end - begin):  # which compares no checksums of parts of objects
             number = int(name.split("/")[-1 if spec.columns is None else -2])
             values = read_chunks(place.local, spec, number, begin, end)[first - begin * spec.chunk :][: last - first]
             out = empty(values.shape, values.dtype, order)
@@ -158,12 +157,15 @@ def read_array(place: Place, spec: ArraySpec, length: int, where: str) -> NDArra
     return values
 
 
-def _payload(stored: bytes, length: int, spec: ArraySpec) -> bytes:
+def _payload(stored: bytes | memoryview, length: int, expected: int) -> NDArray[np.uint8]:
     """What a chunk was compressed to, if it is whole and will have the size of a chunk."""
     if len(stored) != length:
         raise ValueError(f"expected a chunk of {length} bytes, found {len(stored)}")
-    payload: bytes = _crc32c.decode(stored)
-    problem = blosc_problem(payload, chunk_bytes(spec))
+    payload = np.frombuffer(stored, np.uint8)[:-CHECKSUM_BYTES]
+    checksum, computed = int.from_bytes(stored[-CHECKSUM_BYTES:], "little"), _crc32c.checksum(payload)
+    if checksum != computed:
+        raise ValueError(f"stored and computed crc32c checksum do not match: stored {checksum}, computed {computed}")
+    problem = blosc_problem(payload.data, expected)
     if problem:
         raise ValueError(problem)
     return payload
@@ -177,7 +179,7 @@ def _copy(values: NDArray[Any], out: NDArray[Any], loops: ModuleType | None) -> 
         loops.transpose(values.T, out)
 
 
-def _decode_chunk(payload: bytes, spec: ArraySpec) -> NDArray[Any]:
+def _decode_chunk(payload: NDArray[np.uint8], spec: ArraySpec) -> NDArray[Any]:
     """A chunk's values, in memory of this thread's that the next call uses again."""
     size = chunk_bytes(spec)
     held: NDArray[np.uint8] | None = getattr(_scratch, "chunk", None)

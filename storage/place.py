@@ -57,7 +57,7 @@ class Place(ABC):
         """A whole file."""
 
     @abstractmethod
-    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes | memoryview]:
         """Some byte ranges (first, one past the last) of a file, in the order asked for; cut where the file ends."""
 
     @abstractmethod

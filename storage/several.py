@@ -19,6 +19,7 @@ from tailcache.storage.blocks import Stored
 from tailcache.storage.errors import ConfigError, MismatchError
 from tailcache.storage.fields import Targets
 from tailcache.storage.hidden import StoredHead
+from tailcache.storage.pieces import Pieces
 from tailcache.storage.reader import Cache, Teacher, open_cache
 
 __all__ = [
@@ -161,7 +162,9 @@ class Teachers:
             )
         return {field_name(i, name): values for i, part in enumerate(parts) for name, values in part.items()}
 
-    def decode(self, stored: Stored, rows: NDArray[np.int64] | None = None) -> SeveralTargets:
+    def decode(
+        self, stored: Mapping[str, NDArray[Any] | Pieces], rows: NDArray[np.int64] | None = None
+    ) -> SeveralTargets:
         """Decode positions that ``stored`` gave; see ``Teacher.decode``."""
         return SeveralTargets.beside([each.decode(fields_of(stored, i), rows) for i, each in enumerate(self.teachers)])
 

@@ -16,9 +16,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-__all__ = ["empty"]
+__all__ = ["SMALLEST", "empty"]
 
-_SMALLEST = 1 << 16  # bytes; the C library keeps smaller ones itself
+SMALLEST = 1 << 16
+"""Bytes; the C library keeps smaller ones itself."""
 _LIMIT = 256 << 20  # bytes that are kept
 _PRIVATE: Any = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 """By default a process and its forks would write into the same memory."""
@@ -38,7 +39,7 @@ def empty(shape: tuple[int, ...], dtype: DTypeLike, order: Literal["C", "F"] = "
     size = kind.itemsize
     for length in shape:
         size *= length
-    if size < _SMALLEST:
+    if size < SMALLEST:
         return np.empty(shape, kind, order)
     step = 1 << (size.bit_length() - 4)  # sizes in steps of an eighth, so that they recur
     rounded = -(-size // step) * step

@@ -53,7 +53,7 @@ class CountingPlace(Place):
         self.asked.num_bytes += len(data)
         return data
 
-    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes | memoryview]:
         self._note("read_ranges", name)
         parts = self.inner.read_ranges(name, ranges)
         self.asked.num_bytes += sum(map(len, parts))

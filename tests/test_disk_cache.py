@@ -46,7 +46,7 @@ class Counted(LocalPlace):
         self.asked.append(f"read {name}")
         return super().read(name)
 
-    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes | memoryview]:
         self.asked.append(f"ranges {name}")
         return super().read_ranges(name, ranges)
 

@@ -101,7 +101,7 @@ def test_long_rows_are_copied_in_another_way_and_are_the_same(
     teacher: Teacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = list(loader_of(teacher, batch_rows=7))
-    monkeypatch.setattr("tailcache.storage.blocks._LONG_ROW", 0)
+    monkeypatch.setattr("tailcache.storage.pieces._LONG_ROW", 0)
     for batch, other in zip(loader_of(teacher, batch_rows=7), expected, strict=True):
         assert all(torch.equal(batch[name], other[name]) for name in other)
 
