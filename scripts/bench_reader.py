@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import tyro
 
+from tailcache.pipeline.config import CaptureConfig
 from tailcache.scripts.counted_place import CountedPlace
 from tailcache.scripts.measure import Bar, report, spread
 from tailcache.scripts.reader_baselines import parquet_random, parquet_shuffled, s3_copy, write_parquet
@@ -134,7 +135,8 @@ def synthetic_cache(
         for _ in range(max(1, positions // row_positions)):
             writer.append(generator.integers(0, vocab_size, length), start, wanted, held_out=False)
         corpus = writer.finish(tokenizer_files={}, tokenizer={}, source={}, recipe={}, report={})
-    layout = plan_layout(corpus, top_k=top_k, num_samples=num_samples, shard_positions=131_072, compression_level=5)
+    level = CaptureConfig.compression_level  # as capture writes: levels take different times to read
+    layout = plan_layout(corpus, top_k=top_k, num_samples=num_samples, shard_positions=131_072, compression_level=level)
     with TargetsWriter(corpus, "bench", layout=layout, settings={}) as targets_writer:
         for shard in range(layout.num_shards):
             offsets = corpus.target_offsets(*layout.shard_rows(shard))
