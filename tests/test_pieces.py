@@ -1,0 +1,87 @@
+"""Rows of several arrays: what a copy of them would be, and what is decoded of them without one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from test_decode_loops import bits, codec_of, stored_of
+
+from tailcache.storage import pieces as module
+from tailcache.storage.compiled import SWITCH
+from tailcache.storage.errors import CorruptError
+from tailcache.storage.pieces import Piece, Pieces, Span, arrays_of, pieces_of
+
+
+def cut(values: NDArray[Any], rows: list[tuple[int, int]]) -> Piece:
+    starts, lengths = np.array(rows, np.int64).reshape(-1, 2).T
+    return Piece(values, Span(starts.copy(), lengths.copy()))
+
+
+ROWS = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 10)), min_size=1, max_size=6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(parts=st.lists(ROWS, min_size=1, max_size=4), columns=st.sampled_from([0, 1, 3]), by_column=st.booleans())
+@pytest.mark.parametrize("long_row", [0, 256])
+def test_joined(long_row: int, parts: list[list[tuple[int, int]]], columns: int, by_column: bool) -> None:
+    """By slices, as long rows are copied, and by indices, as short ones are."""
+    generator = np.random.default_rng(0)
+    arrays = [generator.integers(0, 1000, (30, columns) if columns else 30) for _ in parts]
+    laid = [np.asfortranarray(each) if by_column else each for each in arrays]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_LONG_ROW", long_row)
+        made = Pieces(tuple(cut(values, rows) for values, rows in zip(laid, parts, strict=True)))
+    expected = [values[a : a + n] for values, rows in zip(arrays, parts, strict=True) for a, n in rows]
+    found = made.joined()
+    assert (found == np.concatenate(expected)).all()
+    assert found.shape == made.shape
+    assert found.flags.f_contiguous if by_column and columns else found.flags.c_contiguous
+
+
+def test_an_array_is_its_only_piece() -> None:
+    values = np.arange(12).reshape(4, 3)
+    assert (pieces_of(values).joined() == values).all()
+    whole = pieces_of(values)
+    assert pieces_of(whole) is whole
+    assert (arrays_of({"a": whole, "b": values})["a"] == arrays_of({"b": values})["b"]).all()
+
+
+@pytest.mark.parametrize("switch", ["never", "always"])
+@pytest.mark.parametrize("by_column", [False, True])
+def test_rows_of_several_blocks_are_decoded_where_they_lie(
+    monkeypatch: pytest.MonkeyPatch, switch: str, by_column: bool
+) -> None:
+    if switch == "always":
+        pytest.importorskip("numba")
+    monkeypatch.setenv(SWITCH, switch)
+    codec = codec_of(300, 4, 32, 16)
+    blocks = [stored_of(codec, num, 12, 6, 300, 4, seed=num) for num in (90, 70, 100)]
+    if not by_column:
+        blocks = [{name: np.ascontiguousarray(values) for name, values in block.items()} for block in blocks]
+    rows = [[(0, 40), (88, 2), (50, 0)], [(3, 67)], [(60, 33), (0, 1), (99, 1)]]
+    pieces: dict[str, Any] = {
+        name: Pieces(tuple(cut(block[name], some) for block, some in zip(blocks, rows, strict=True)))
+        for name in blocks[0]
+    }
+    copied = {
+        name: np.concatenate([b[name][a : a + n] for b, some in zip(blocks, rows, strict=True) for a, n in some])
+        for name in blocks[0]
+    }
+    assert bits(codec.decode(pieces)) == bits(codec.decode(copied))
+
+
+def test_a_code_that_is_wrong_in_the_middle_of_a_piece_is_found() -> None:
+    codec = codec_of(300, 4, 32, 16)
+    block = stored_of(codec, 50, 12, 6, 300, 4, seed=1)
+    good = {name: Pieces((cut(values, [(0, 20), (30, 20)]),)) for name, values in block.items()}
+    codec.decode(good)
+    block["token_codes"][25, 3] = 40_000  # between the rows: nobody's
+    codec.decode(good)
+    block["token_codes"][35, 3] = 40_000
+    with pytest.raises(CorruptError, match=r"shard 7, token_codes: expected codes from 0 to 331, found .*40"):
+        codec.decode(good, "shard 7")
