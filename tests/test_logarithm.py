@@ -30,7 +30,7 @@ def exact(value: float) -> Decimal:
 def test_it_is_the_logarithm(value: float) -> None:
     found = Decimal(float(natural_log(np.array([value]))[0]))
     scale = min(abs(exact(value)), abs(Decimal(value) - 1)) if 0.5 < value < 2 else abs(exact(value))
-    assert abs(found - exact(value)) <= Decimal(4e-16) * scale
+    assert abs(found - exact(value)) <= Decimal("4e-16") * scale
 
 
 def test_of_nothing_it_is_minus_infinity() -> None:
