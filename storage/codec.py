@@ -226,17 +226,7 @@ class Codec:
             loops, stored, lists_T, log_head_T, token_ids, logprobs, tail_samples
         ):
             # What the loops find wrong is found here again, and said.
-            wide = arrays_of({name: stored[name] for name in _WIDE if name in stored})
-            step = max(1, min(_BLOCK, _BLOCK_IDS // max(top_k, num_samples)))
-            for first in range(0, num, step):
-                part = slice(first, min(first + step, num))
-                codes_TK, gaps_TK = wide["token_codes"][part], wide["logprob_gaps"][part]
-                share_T = self._decode_levels(gaps_TK, logprobs[part], where)
-                shift_T = (log_head_T[part] - natural_log(share_T)).astype(np.float32)
-                np.add(logprobs[part], shift_T[:, None], out=logprobs[part])
-                self._decode_ids(codes_TK, gaps_TK, lists_T[part], token_ids[part], where)
-                if num_samples:
-                    self._decode_samples(wide["tail_sample_codes"][part], tail_samples[part], where)
+            self._decode_by_arrays(stored, lists_T, log_head_T, token_ids, logprobs, tail_samples, where)
         optional: dict[str, Any] = {name: others[name] for name in (*OPTIONAL, "hidden_scale") if name in others}
         return Targets(
             token_ids=token_ids,
@@ -279,6 +269,29 @@ class Codec:
                 samples_Tm[part],
             )  # fmt: skip
         return right
+
+    def _decode_by_arrays(
+        self,
+        stored: Mapping[str, NDArray[Any] | Pieces],
+        lists_T: NDArray[np.int32],
+        log_head_T: NDArray[np.float32],
+        ids_TK: NDArray[np.int32],
+        logprobs_TK: NDArray[np.float32],
+        samples_Tm: NDArray[np.int32],
+        where: str,
+    ) -> None:
+        """The same by array operations, some positions at a time."""
+        wide = arrays_of({name: stored[name] for name in _WIDE if name in stored})
+        step = max(1, min(_BLOCK, _BLOCK_IDS // max(ids_TK.shape[1], samples_Tm.shape[1])))
+        for first in range(0, len(ids_TK), step):
+            part = slice(first, first + step)
+            gaps_TK = wide["logprob_gaps"][part]
+            share_T = self._decode_levels(gaps_TK, logprobs_TK[part], where)
+            shift_T = (log_head_T[part] - natural_log(share_T)).astype(np.float32)
+            np.add(logprobs_TK[part], shift_T[:, None], out=logprobs_TK[part])
+            self._decode_ids(wide["token_codes"][part], gaps_TK, lists_T[part], ids_TK[part], where)
+            if samples_Tm.shape[1]:
+                self._decode_samples(wide["tail_sample_codes"][part], samples_Tm[part], where)
 
     def _decode_levels(self, gaps_TK: NDArray[Any], out_TK: NDArray[np.float32], where: str) -> NDArray[np.float64]:
         """Sum the gaps rank by rank, over all positions at once; look up; give each position's sum of exponentials."""

@@ -124,7 +124,7 @@ def assert_is(
 
 
 CODED: dict[str, float] = {"atol": 2e-3, "mean_kl": 1e-5, "max_kl": 1e-3}
-"""What storing may cost: the bound on the head, and 2^-14 of the scalars."""
+"""What storing may cost: the bound on the head, and half a step, 1/2048 nat, of the scalars."""
 
 
 @pytest.fixture(scope="module")

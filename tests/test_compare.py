@@ -41,7 +41,7 @@ V = 40
 EXACT = 2e-5
 """Nats: float32 rounding of the stored logs, where nothing is quantised (logs up to about 15, terms up to V)."""
 CODEC = 5e-3
-"""Nats, on means over 100 positions: the stored scalars are right to 2^-14 of a log of up to 15, quantised heads to
+"""Nats, on means over 100 positions: the stored scalars are right to 1/2048 nat, quantised heads to
 1e-5 nats of KL, but the cross terms of two different teachers see the quantisation of log q itself."""
 
 

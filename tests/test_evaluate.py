@@ -28,7 +28,7 @@ from tailcache.trainers.evaluation_columns import bins_of, draw_variance, positi
 from tailcache.trainers.evaluation_figures import SCALARS, Evaluation, differences
 
 CODEC = Tolerance(2e-4, 2e-4)
-"""Teacher's log-probs of a cache: rounded to some 1e-3 nats, the mean over positions is closer; masses to 2^-14."""
+"""Teacher's log-probs of a cache: rounded to some 1e-3 nats, the mean over positions is closer; masses to 2^-11."""
 FORWARD = Tolerance(2e-5, 2e-5)
 """The student's own float32 forward, rows laid out in another way."""
 

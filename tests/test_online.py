@@ -34,7 +34,9 @@ from tailcache.trainers.run import train
 
 TOP_K, BETA = 5, 2.0
 FIELD_TOLERANCE = 3e-5  # logits in float32, of documents batched otherwise: 1e-6 of values up to 20
-SCALARS = 1e-4  # of a loss: the stored mass of the tail is right to a relative 2^-14
+ROUNDING = {"kd": 1e-4, "reverse_kl": 1e-4, "tad": 2**-11}
+"""Of a loss: those from hidden states alone differ by float32, in steps of Adam; a stored mass is right to half a
+step of 1/1024 nat."""
 GRADIENT_TOLERANCE = 2e-4  # relative to the largest entry: two float32 models, whose sums are in another order
 
 
@@ -239,8 +241,8 @@ def test_training_online_is_training_from_stored_hidden_states(stored: Teacher, 
         trainer.train()
         curves.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
         weights.append(torch.cat([p.detach().flatten() for p in trainer._student.parameters()]))
-    assert curves[0] == pytest.approx(curves[1], rel=SCALARS)
-    assert float((weights[0] - weights[1]).norm() / weights[0].norm()) < SCALARS
+    assert curves[0] == pytest.approx(curves[1], rel=ROUNDING[name])
+    assert float((weights[0] - weights[1]).norm() / weights[0].norm()) < ROUNDING[name]
 
 
 def test_a_whole_run_says_what_ran_beside_it_and_is_not_continued_by_another(
