@@ -90,7 +90,7 @@ def run(config: VerifyConfig) -> None:
         if config.json is not None:
             config.json.write_text(json.dumps(report, indent=1) + "\n")
     if faults:
-        raise CorruptError(f"{config.cache}: {faults} faults; what to do about each is said above")
+        raise CorruptError(f"{config.cache}: {faults} fault{'s' * (faults > 1)}; what to do about each is said above")
     looked = f"{found.bytes_read:,} of " if config.level == "fast" else ""
     print(f"{config.cache}: no faults in {looked}{found.bytes:,} bytes of {found.files:,} files ({config.level})")
 
