@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 __all__ = ["LOG_2", "ROOT_HALF_BITS", "SERIES", "natural_log"]
 
+# The loops of ``decode_loops`` are kept compiled with these numbers in them, for as long as that file does not change.
 LOG_2 = (6.93147180369123816490e-01, 1.90821492927058770002e-10)
 """log 2 in two parts; the first has few enough bits that its product with an exponent is exact."""
 ROOT_HALF_BITS = 0x3FE6A09E667F3BCD
