@@ -24,6 +24,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tailcache.pipeline.precision import is_slow
 from tailcache.scripts.study_settings import ModelSize, StudySize
 from tailcache.scripts.study_text import END, Document
 from tailcache.storage import durable
@@ -137,6 +138,7 @@ def language_model(
     optimizer = torch.optim.AdamW(_groups(model), lr=1.0, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
     state_path = folder.with_name(f"{folder.name}.state")
     step, losses = _restore(state_path, model, optimizer)
+    half = study.precision == "bf16" or (device == "cpu" and not is_slow(torch.bfloat16, torch.device(device)))
     saved = time.monotonic()
     nn.Module.train(model)
     with tqdm(total=steps, initial=step, desc=name, unit="step", disable=not show_progress) as bar:
@@ -144,7 +146,7 @@ def language_model(
             for group in optimizer.param_groups:
                 group["lr"] = _rate(step, steps, 2 * study.learning_rate, study.warmup)
             batch_BL = pieces_PL[_chosen(step, rows, num_pieces, seed)].to(device)
-            with torch.autocast(device, dtype=torch.bfloat16, enabled=study.precision == "bf16" or device == "cpu"):
+            with torch.autocast(device, dtype=torch.bfloat16, enabled=half):
                 loss = model(input_ids=batch_BL, labels=batch_BL, use_cache=False).loss
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

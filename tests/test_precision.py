@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from tailcache.pipeline.capture import capture
 from tailcache.pipeline.load_teacher import load_teacher
 from tailcache.pipeline.precision import is_slow, native_dtype
 from tailcache.pipeline.repair import repair_cache
+from tailcache.scripts import train as train_module
 from tailcache.storage.reader import open_cache
+from tailcache.trainers.config import TrainConfig
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 V = 100
@@ -100,3 +103,13 @@ def test_repair_runs_the_teacher_in_the_dtype_it_was_captured_in(
     assert ("t", 1) in mended.shards
     assert after.faults == []
     assert damaged.read_bytes() == good
+
+
+@pytest.mark.parametrize(("precision", "device", "spoken"), [("bf16", "cpu", True), ("fp32", "cpu", False)])
+def test_training_in_slow_products_is_spoken_of(
+    native: bool, caplog: pytest.LogCaptureFixture, precision: Any, device: Any, spoken: bool
+) -> None:
+    settings = TrainConfig(cache=Path("c"), teacher="t", out=Path("o"), precision=precision, device=device)
+    with caplog.at_level(logging.WARNING, logger=train_module.__name__):
+        train_module._warn_of_slow_products(settings)
+    assert ("--precision bf16" in caplog.text) is (spoken and not native)
