@@ -28,7 +28,7 @@ def natural_log(values: NDArray[np.float64]) -> NDArray[np.float64]:
       values: any shape, float64.
 
     Returns:
-      The same shape; off by less than 3e-16 of themselves or, near 1, of the number less 1.
+      The same shape; off by less than 4e-16 of themselves or, near 1, of the number less 1.
     """
     is_zero = values == 0
     bits = np.where(is_zero, 1.0, values).view(np.int64)
