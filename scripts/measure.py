@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tailcache.trainers.processors import num_processors
+
 __all__ = ["Bar", "conditions", "peak_mib", "report", "reset_peak", "spread"]
 
 
@@ -54,7 +56,7 @@ def conditions() -> dict[str, Any]:
         processor = names[0] if names else processor
     found: dict[str, Any] = {
         "processor": processor,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": num_processors(),
         "python": platform.python_version(),
         "numpy": numpy.__version__,
         "zarr": zarr.__version__,

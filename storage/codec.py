@@ -119,7 +119,7 @@ class Codec:
         self._narrow_tokens = self._tokens.astype(np.uint16 if size <= 1 << 16 else np.int32)  # more of it in cache
         self._minus_levels = -levels.astype(np.float32)
         self._weights = np.exp(self._minus_levels)
-        self._levels_L2 = np.stack([self._minus_levels, self._weights], axis=1)
+        self._wide_weights = self._weights.astype(np.float64)  # which is what they are added up in
         self._steps = scalar_steps
         self.id_type = self.id_type_for(size, lists.shape[1])
         self.gap_type = self.gap_type_for(len(levels))
@@ -212,8 +212,8 @@ class Codec:
             name: float_of(others[name], self._steps, f"{where}, {name}")
             for name in ("tail_logit", "tail_entropy", "target_logit")
         }
-        log_tail_T, log_head_T = logs_of(scalars["tail_logit"])
-        log_target_T, log_not_target_T = logs_of(scalars["target_logit"])
+        log_tail_T, log_head_T = logs_of(others["tail_logit"], scalars["tail_logit"], self._steps)
+        log_target_T, log_not_target_T = logs_of(others["target_logit"], scalars["target_logit"], self._steps)
         classes_T = others.get("position_class")
         if classes_T is not None:
             _check(classes_T, len(self._lists), f"{where}, position_class")
@@ -256,7 +256,8 @@ class Codec:
             part = slice(done, done := done + codes.span.total)
             right &= loops.decode_head(
                 codes.values, gaps.values, codes.span.starts, codes.span.lengths, lists_T[part], size,
-                self._narrow_tokens, num_codes, self._levels_L2, log_head_T[part], ids_TK[part], logprobs_TK[part],
+                self._narrow_tokens, num_codes, self._minus_levels, self._wide_weights, log_head_T[part], ids_TK[part],
+                logprobs_TK[part],
             )  # fmt: skip
         if not samples_Tm.shape[1]:
             return right

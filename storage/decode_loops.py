@@ -55,7 +55,18 @@ def transpose(columns_KT: NDArray[Any], out_TK: NDArray[Any]) -> None:
     for first in range(0, num, _SQUARE[0]):
         last = min(first + _SQUARE[0], num)
         for left in range(0, top_k, _SQUARE[1]):
-            for column in range(left, min(left + _SQUARE[1], top_k)):
+            right = min(left + _SQUARE[1], top_k)
+            four = left + (right - left) // 4 * 4
+            for column in range(left, four, 4):  # what is next to one another is written together
+                a = np.uint64(column)
+                b, c, d = a + np.uint64(1), a + np.uint64(2), a + np.uint64(3)
+                for position in range(first, last):
+                    t = np.uint64(position)
+                    out_TK[t, a] = columns_KT[a, t]
+                    out_TK[t, b] = columns_KT[b, t]
+                    out_TK[t, c] = columns_KT[c, t]
+                    out_TK[t, d] = columns_KT[d, t]
+            for column in range(four, right):
                 k = np.uint64(column)
                 for position in range(first, last):
                     out_TK[np.uint64(position), k] = columns_KT[k, np.uint64(position)]
@@ -87,15 +98,17 @@ def decode_head(
     class_size: int,
     tokens: NDArray[Any],
     num_codes: int,
-    levels_L2: NDArray[np.float32],
+    minus_levels_L: NDArray[np.float32],
+    weights_L: NDArray[np.float64],
     log_head_T: NDArray[np.float32],
     ids_TK: NDArray[np.int32],
     logprobs_TK: NDArray[np.float32],
 ) -> bool:
     """Ids and log-probs of the kept tokens of some rows.
 
+    A position is gone over once for each thing that is made of it, so that what a loop needs stays in registers.
     Whether two neighbours share a level, and whether a token is in its list, is as good as random, and a processor that
-    guesses it is wrong often: what depends on it is masked, not branched to.
+    guesses it is wrong often: there, one of two numbers is chosen, and nothing is branched to.
 
     Args:
       codes_NK: stored token codes, unsigned.
@@ -106,7 +119,8 @@ def decode_head(
       class_size: M; a code below it is a place in the list, any other one M + a place from the start of ``tokens``.
       tokens: [V + C M].
       num_codes: M + V.
-      levels_L2: minus the levels in nats, and the exponentials of that.
+      minus_levels_L: minus the levels, nats.
+      weights_L: the exponentials of that, as float32 has them.
       log_head_T: nats, log of the kept tokens' mass.
       ids_TK: result.
       logprobs_TK: result, nats.
@@ -115,8 +129,9 @@ def decode_head(
       Whether all codes and levels are in their tables; if not, the results are of no use.
     """
     top_k = codes_NK.shape[1]
-    last_level, last_code = np.int64(len(levels_L2) - 1), np.int64(num_codes - 1)
-    size, sign, zero, one = np.int64(class_size), np.int64(63), np.uint64(0), np.uint64(1)
+    last_level, last_code = np.int64(len(weights_L) - 1), np.int64(num_codes - 1)
+    size, none, first_two = np.int64(class_size), np.int64(0), min(2, top_k)
+    codes_K = np.empty(top_k, np.int64)
     shares_t = np.empty(_TILE, np.float64)
     number = np.empty(1, np.float64)
     bits = number.view(np.int64)
@@ -127,23 +142,37 @@ def decode_head(
             source, target = starts_R[row] + first, done + first
             for i in range(count):
                 n, t = np.uint64(source + i), np.uint64(target + i)
-                to_list = np.int64(lists_T[t]) + size
-                level, code, highest, share = np.int64(0), np.int64(0), np.int64(0), 0.0
+                highest = none
                 for column in range(top_k):  # sums of 32-bit numbers, which 64 bits hold
-                    k = np.uint64(column)
-                    gap = np.int64(gaps_NK[n, k])
-                    level += gap
-                    place = np.uint64(min(level, last_level))
-                    logprobs_TK[t, k] = levels_L2[place, zero]
-                    share += levels_L2[place, one]  # from the most likely token on
-                    same_level = ((gap - 1) >> sign) & -np.int64(column > 1)
-                    code = np.int64(codes_NK[n, k]) + (code & same_level)
-                    highest = max(highest, code)
-                    index = min(code, last_code) - size
-                    ids_TK[t, k] = tokens[np.uint64(index + ((index >> sign) & to_list))]
-                if level > last_level or highest > last_code:
+                    highest += np.int64(gaps_NK[n, np.uint64(column)])
+                if highest > last_level:
                     wrong = True
+                    continue
+                level, share = np.uint64(0), 0.0
+                for column in range(top_k):
+                    k = np.uint64(column)
+                    level += np.uint64(gaps_NK[n, k])
+                    logprobs_TK[t, k] = minus_levels_L[level]
+                    share += weights_L[level]  # from the most likely token on
                 shares_t[np.uint64(i)] = share
+                code = none
+                for column in range(first_two):  # the second one is not a difference even on the first one's level
+                    code = np.int64(codes_NK[n, np.uint64(column)])
+                    codes_K[np.uint64(column)] = code
+                for column in range(2, top_k):
+                    k = np.uint64(column)
+                    code = np.int64(codes_NK[n, k]) + (code if gaps_NK[n, k] == 0 else none)
+                    codes_K[k] = code
+                highest = none
+                for column in range(top_k):
+                    highest = max(highest, codes_K[np.uint64(column)])
+                if highest > last_code:
+                    wrong = True
+                    continue
+                to_list = np.int64(lists_T[t])
+                for column in range(top_k):
+                    k = np.uint64(column)
+                    ids_TK[t, k] = tokens[np.uint64(codes_K[k] + (to_list if codes_K[k] < size else -size))]
             for i in range(count):
                 t = np.uint64(target + i)
                 shift = np.float32(np.float64(log_head_T[t]) - _log(shares_t[np.uint64(i)], number, bits))

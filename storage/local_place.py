@@ -86,11 +86,12 @@ class LocalPlace(Place):
             total = sum(last - first for first, last in ranges)
             if total < SMALLEST:
                 return [os.pread(descriptor, last - first, first) for first, last in ranges]
-            left = memoryview(empty((total,), np.uint8).data)
-            parts = []
-            for first, last in ranges:
-                part, left = left[: last - first], left[last - first :]
-                parts.append(part[: os.preadv(descriptor, [part], first)])
+            memory = memoryview(empty((total,), np.uint8).data)
+            parts: list[memoryview] = []
+            for run in _runs(ranges):  # one call for what lies together
+                size = run[-1][1] - run[0][0]
+                found, memory = memory[: os.preadv(descriptor, [memory[:size]], run[0][0])], memory[size:]
+                parts.extend(found[first - run[0][0] : last - run[0][0]] for first, last in run)
             return parts
 
     def read_end(self, name: str, count: int) -> tuple[bytes, int]:
@@ -177,6 +178,17 @@ class LocalPlace(Place):
             if same:
                 return _Lock(path, descriptor)
             os.close(descriptor)  # whoever had it deleted the file on releasing it: lock the new one
+
+
+def _runs(ranges: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """The ranges in their order, those together where one begins at the end of the one before."""
+    runs: list[list[tuple[int, int]]] = []
+    for each in ranges:
+        if runs and runs[-1][-1][1] == each[0]:
+            runs[-1].append(each)
+        else:
+            runs.append([each])
+    return runs
 
 
 def _unless_gone(error: OSError) -> None:

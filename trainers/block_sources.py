@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,11 +27,7 @@ from tailcache.trainers.parcels import Parcel, pack, shared, unpack
 if TYPE_CHECKING:
     from tailcache.storage.several import AnyTeacher
 
-__all__ = ["READ_THREADS", "REMOTE_READ_THREADS", "NeededBlocks", "Share", "Threads", "Workers"]
-
-READ_THREADS = 2
-REMOTE_READ_THREADS = 8
-"""More, where the time goes into waiting for answers."""
+__all__ = ["NeededBlocks", "Share", "Threads", "Workers"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,14 +135,13 @@ class NeededBlocks(IterableDataset[Parcel]):
 class Threads:
     """Blocks read by threads of this process."""
 
-    def __init__(self, read: Callable[[int], Block], num_threads: int = READ_THREADS) -> None:
-        self._read = read
-        self._pool = ThreadPoolExecutor(num_threads, "tailcache-reader")
+    def __init__(self, read: Callable[[int], Block], submit: Callable[[Callable[[], Block]], Future[Block]]) -> None:
+        self._read, self._submit = read, submit
         self._pending: dict[int, Future[Block]] = {}
 
     def announce(self, visits: list[int]) -> None:
         """Begin to read these."""
-        self._pending.update((visit, self._pool.submit(self._read, visit)) for visit in visits)
+        self._pending.update((visit, self._submit(partial(self._read, visit))) for visit in visits)
 
     def get(self, visit: int) -> Block:
         """One that was announced."""
@@ -155,8 +151,9 @@ class Threads:
         """They go on by themselves."""
 
     def close(self) -> None:
-        """Read nothing more."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Read nothing more than has been begun."""
+        for future in self._pending.values():
+            future.cancel()
 
 
 class Workers:

@@ -13,7 +13,8 @@ held out are not in it.
 **Who reads.** Without workers, threads of this process read the next window of blocks while the present one
 is consumed. With workers, each of them reads every n-th block of those that this process needs and hands it over in
 shared memory. In both cases batches are cut out of the window and decoded here, by threads that are a little ahead;
-small batches several at a time, since every call into Python of a thread holds up the others.
+small batches several at a time, since every call into Python of a thread holds up the others. On a local disk it is the
+same threads that read, when no batch is wanted: as many as there are processors, which more would only share.
 
 **accelerate.** The loader gives each process its own rows already. It says so by the mark that accelerate leaves on
 loaders it has prepared, so ``Accelerator.prepare`` returns it as it is and shards nothing again; batches are to be
@@ -26,7 +27,8 @@ import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -40,7 +42,9 @@ from tailcache.storage.errors import ConfigError, MismatchError
 from tailcache.storage.several import named_arrays
 from tailcache.storage.shares import Ends, Stage
 from tailcache.trainers.ahead import ahead, on_device
-from tailcache.trainers.block_sources import READ_THREADS, REMOTE_READ_THREADS, NeededBlocks, Share, Threads, Workers
+from tailcache.trainers.block_sources import NeededBlocks, Share, Threads, Workers
+from tailcache.trainers.priority_pool import PriorityPool
+from tailcache.trainers.processors import num_processors
 
 if TYPE_CHECKING:
     from tailcache.storage.several import AnyTeacher
@@ -51,7 +55,11 @@ BLOCK_POSITIONS = 32_768
 """Four inner chunks of the store: a block's ends cut chunks that are decoded again with its neighbours."""
 WINDOW_BLOCKS = 8
 _STATE_VERSION = 1
-_MAKING_THREADS = 2
+_THREADS = 4
+"""At most, and no more than there are processors: threads that take turns put each other's data out of the caches."""
+_REMOTE_READ_THREADS = 8
+"""More, where the time goes into waiting for answers."""
+_BATCHES_FIRST, _BLOCKS = 0, 1
 _CUTS_AHEAD = 2
 """Besides the one that is consumed and the one that is waiting to be; each about as large as a block."""
 
@@ -279,18 +287,26 @@ class CacheLoader(DataLoader[Any]):
         self, stages: Iterator[Stage], source: Workers | None
     ) -> Generator[tuple[Future[deque[Any]], list[int]]]:
         """The batches of some steps as they are being made, and how many rows have been taken after each of them."""
+        pool = PriorityPool(min(_THREADS, num_processors()), "tailcache-loader")
         waits = self.teacher.place.local is None
-        reading = source or Threads(self._blocks.read, REMOTE_READ_THREADS if waits else READ_THREADS)
-        making = ThreadPoolExecutor(_MAKING_THREADS, "tailcache-batches", initializer=on_device())
+        readers = PriorityPool(_REMOTE_READ_THREADS, "tailcache-reader") if waits and not source else pool
+        reading = source or Threads(self._blocks.read, partial(readers.submit, _BLOCKS))
+        choose_device = on_device()
+
+        def made(cut: Cut) -> deque[Any]:
+            choose_device()
+            return self._made(cut)
+
         left = True
         num_steps = max(1, self._share.block_rows // self._share.batch_rows)
         try:
             for cut in walk(stages, reading.announce, reading.get, reading.keep_up, num_steps=num_steps):
-                yield making.submit(self._made, cut), cut.ends
+                yield pool.submit(_BATCHES_FIRST, partial(made, cut)), cut.ends
             left = False
         finally:
             reading.close()
-            making.shutdown(wait=True, cancel_futures=left)
+            for each in {pool, readers}:
+                each.close(cancel=left)
 
     def _made(self, cut: Cut) -> deque[Any]:
         batches = deque(self.collate(rows) for rows in cut.made(self.teacher.decode))

@@ -34,6 +34,7 @@ from tailcache.storage.place import open_place
 from tailcache.storage.reader import Cache, open_cache
 from tailcache.storage.several import BETWEEN, open_named
 from tailcache.trainers.config import TrainConfig
+from tailcache.trainers.processors import num_processors
 from tailcache.trainers.records import FREE_SETTINGS, resolved
 from tailcache.trainers.sweep_results import (
     ERROR,
@@ -252,7 +253,7 @@ def _run_parallel(
     todo: Sequence[SweepRun], parallel: int, evaluate: bool, train: Train | None, show_progress: bool
 ) -> None:
     slots = min(parallel, len(todo))
-    threads = max(1, _processors() // slots)
+    threads = max(1, num_processors() // slots)
     gpus = _gpus()
     spawn = multiprocessing.get_context("spawn")
     waiting, running = list(reversed(todo)), dict[int, tuple[SweepRun, Any]]()
@@ -334,11 +335,6 @@ def report_end(run: SweepRun, exitcode: int | None) -> None:
             f"{result.positions_seen:,} positions"
         )
     tqdm.write(said if result.error is None else f"{said}: {result.error}", file=sys.stdout)
-
-
-def _processors() -> int:
-    """Those this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpus() -> list[str]:
