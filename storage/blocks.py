@@ -148,13 +148,15 @@ def _join(pairs: list[tuple[Block, NDArray[np.int64]]]) -> tuple[Rows, dict[str,
     def pieces(spans: list[Span], values: list[NDArray[Any]]) -> Pieces:
         return Pieces(tuple(map(Piece, values, spans)))
 
+    by_token = {
+        name: pieces(of_tokens, [getattr(block.rows, name) for block, _ in pairs])
+        for name in ("tokens", "document_start", "supervised")
+    }
     rows = Rows(
         row_indices=by_row(lambda rows: rows.row_indices),
         offsets=offsets,
-        tokens=pieces(of_tokens, [block.rows.tokens for block, _ in pairs]).joined(),
-        document_start=pieces(of_tokens, [block.rows.document_start for block, _ in pairs]).joined(),
-        supervised=pieces(of_tokens, [block.rows.supervised for block, _ in pairs]).joined(),
         held_out=by_row(lambda rows: rows.held_out),
+        **arrays_of(by_token),
     )
     stored = {name: pieces(of_targets, [block.stored[name] for block, _ in pairs]) for name in pairs[0][0].stored}
     return rows, stored, target_offsets

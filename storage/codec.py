@@ -39,7 +39,7 @@ from tailcache.storage.codec_v1 import CodecV1, encode_optional
 from tailcache.storage.compiled import decode_loops
 from tailcache.storage.errors import CorruptError
 from tailcache.storage.fields import OPTIONAL, SCALARS, Targets, check_targets
-from tailcache.storage.fixed_point import fixed_of, float_of, logit_of, logs_of
+from tailcache.storage.fixed_point import fixed_of, float_of, logit_of, logs_of, softplus_table
 from tailcache.storage.levels import (
     KL_BUDGET,
     MAX_STEP,
@@ -78,6 +78,13 @@ _BLOCK = 4096  # positions decoded at a time: few calls,
 _BLOCK_IDS = 1 << 18  # and so few ids that all that is done finds them in cache
 _WIDE = ("token_codes", "logprob_gaps", "tail_sample_codes")
 """Fields of more than one number per position."""
+_LOGITS = ("tail_logit", "tail_entropy", "target_logit")
+_REQUIRED = (*_WIDE, "position_class", *_LOGITS)
+"""All but the optional ones; without draws or classes, theirs are not there."""
+_ABSENT: dict[str, NDArray[Any]] = {
+    "tail_sample_codes": np.empty((0, 0), np.uint16),
+    "position_class": np.empty(0, np.uint8),
+}
 _PAD = 16
 """Rows that are a power of two apart in memory compete for the same lines of the processor's cache, and transposing
 them takes nine times as long."""
@@ -207,92 +214,60 @@ class Codec:
         """
         num, top_k = stored["token_codes"].shape
         num_samples = stored["tail_sample_codes"].shape[1] if "tail_sample_codes" in stored else 0
-        others = arrays_of({name: values for name, values in stored.items() if name not in _WIDE})
-        scalars = {
-            name: float_of(others[name], self._steps, f"{where}, {name}")
-            for name in ("tail_logit", "tail_entropy", "target_logit")
-        }
-        log_tail_T, log_head_T = logs_of(others["tail_logit"], scalars["tail_logit"], self._steps)
-        log_target_T, log_not_target_T = logs_of(others["target_logit"], scalars["target_logit"], self._steps)
-        classes_T = others.get("position_class")
-        if classes_T is not None:
-            _check(classes_T, len(self._lists), f"{where}, position_class")
-        token_ids = empty((num, top_k), np.int32)
-        logprobs = empty((num, top_k), np.float32)
-        tail_samples = empty((num, num_samples), np.int32)
-        loops = decode_loops(num)
-        lists_T = self._begin_of_lists(classes_T, num)
-        if loops is None or not self._decode_by_loops(
-            loops, stored, lists_T, log_head_T, token_ids, logprobs, tail_samples
-        ):
-            # What the loops find wrong is found here again, and said.
-            self._decode_by_arrays(stored, lists_T, log_head_T, token_ids, logprobs, tail_samples, where)
-        optional: dict[str, Any] = {name: others[name] for name in (*OPTIONAL, "hidden_scale") if name in others}
-        return Targets(
-            token_ids=token_ids,
-            logprobs=logprobs,
-            tail_samples=tail_samples,
-            log_tail=log_tail_T,
-            tail_entropy=scalars["tail_entropy"],
-            log_target=log_target_T,
-            log_not_target=log_not_target_T,
+        optional: dict[str, Any] = arrays_of(
+            {name: stored[name] for name in (*OPTIONAL, "hidden_scale") if name in stored}
+        )
+        out = Targets(
+            token_ids=empty((num, top_k), np.int32),
+            logprobs=empty((num, top_k), np.float32),
+            tail_samples=empty((num, num_samples), np.int32),
+            **{name: empty((num,), np.float32) for name in SCALARS},
             **optional,
         )
+        loops = decode_loops(num)
+        if loops is None or not self._decode_by_loops(loops, stored, out):
+            self._decode_by_arrays(stored, out, where)  # what the loops find wrong is found here again, and said
+        return out
 
-    def _decode_by_loops(
-        self,
-        loops: ModuleType,
-        stored: Mapping[str, NDArray[Any] | Pieces],
-        lists_T: NDArray[np.int32],
-        log_head_T: NDArray[np.float32],
-        ids_TK: NDArray[np.int32],
-        logprobs_TK: NDArray[np.float32],
-        samples_Tm: NDArray[np.int32],
-    ) -> bool:
-        """All that is not one number per position, read where it lies; whether it is in its tables."""
-        size, num_codes = self._lists.shape[1], len(self._order) + self._lists.shape[1]
+    def _decode_by_loops(self, loops: ModuleType, stored: Mapping[str, NDArray[Any] | Pieces], out: Targets) -> bool:
+        """All but the optional fields, read where it lies; whether it is in its tables and ordinary."""
+        columns = np.argsort(sample_columns(out.num_samples))
+        tables = (self._narrow_tokens, self._minus_levels, self._wide_weights, softplus_table(self._steps), columns)
+        sizes = (len(self._order), *self._lists.shape)
+        parts = {name: pieces_of(stored[name]).parts for name in _REQUIRED if name in stored}
         done, right = 0, True
-        for codes, gaps in zip(*(pieces_of(stored[name]).parts for name in _WIDE[:2]), strict=True):
+        for i, codes in enumerate(parts["token_codes"]):
+
+            def values(*names: str, i: int = i) -> tuple[NDArray[Any], ...]:
+                return tuple(parts[name][i].values if name in parts else _ABSENT[name] for name in names)
+
             part = slice(done, done := done + codes.span.total)
-            right &= loops.decode_head(
-                codes.values, gaps.values, codes.span.starts, codes.span.lengths, lists_T[part], size,
-                self._narrow_tokens, num_codes, self._minus_levels, self._wide_weights, log_head_T[part], ids_TK[part],
-                logprobs_TK[part],
-            )  # fmt: skip
-        if not samples_Tm.shape[1]:
-            return right
-        columns = np.argsort(sample_columns(samples_Tm.shape[1]))
-        done = 0
-        for each in pieces_of(stored["tail_sample_codes"]).parts:
-            part = slice(done, done := done + each.span.total)
-            right &= loops.decode_samples(
-                each.values, each.span.starts, each.span.lengths, columns, self._narrow_tokens, len(self._order),
-                samples_Tm[part],
+            right &= loops.decode_rows(
+                values(*_WIDE), *values("position_class"), values(*_LOGITS), codes.span.starts, codes.span.lengths,
+                tables, sizes, 1 / self._steps,
+                (out.token_ids[part], out.logprobs[part], out.tail_samples[part]),
+                (out.log_tail[part], out.tail_entropy[part], out.log_target[part], out.log_not_target[part]),
             )  # fmt: skip
         return right
 
-    def _decode_by_arrays(
-        self,
-        stored: Mapping[str, NDArray[Any] | Pieces],
-        lists_T: NDArray[np.int32],
-        log_head_T: NDArray[np.float32],
-        ids_TK: NDArray[np.int32],
-        logprobs_TK: NDArray[np.float32],
-        samples_Tm: NDArray[np.int32],
-        where: str,
-    ) -> None:
-        """The same by array operations, some positions at a time."""
-        wide = arrays_of({name: stored[name] for name in _WIDE if name in stored})
-        step = max(1, min(_BLOCK, _BLOCK_IDS // max(ids_TK.shape[1], samples_Tm.shape[1])))
-        for first in range(0, len(ids_TK), step):
+    def _decode_by_arrays(self, stored: Mapping[str, NDArray[Any] | Pieces], out: Targets, where: str) -> None:
+        """The same by array operations, what is wide some positions at a time."""
+        given = arrays_of({name: stored[name] for name in _REQUIRED if name in stored})
+        tail_logit, entropy, target_logit = (float_of(given[name], self._steps, f"{where}, {name}") for name in _LOGITS)
+        out.log_tail[:], log_head_T = logs_of(given["tail_logit"], tail_logit, self._steps)
+        out.tail_entropy[:] = entropy
+        out.log_target[:], out.log_not_target[:] = logs_of(given["target_logit"], target_logit, self._steps)
+        lists_T = self._begin_of_lists(given.get("position_class"), len(log_head_T), where)
+        step = max(1, min(_BLOCK, _BLOCK_IDS // max(out.token_ids.shape[1], out.num_samples)))
+        for first in range(0, len(log_head_T), step):
             part = slice(first, first + step)
-            gaps_TK = wide["logprob_gaps"][part]
-            share_T = self._decode_levels(gaps_TK, logprobs_TK[part], where)
+            gaps_TK = given["logprob_gaps"][part]
+            share_T = self._decode_levels(gaps_TK, out.logprobs[part], where)
             shift_T = (log_head_T[part] - natural_log(share_T)).astype(np.float32)
-            np.add(logprobs_TK[part], shift_T[:, None], out=logprobs_TK[part])
-            self._decode_ids(wide["token_codes"][part], gaps_TK, lists_T[part], ids_TK[part], where)
-            if samples_Tm.shape[1]:
-                self._decode_samples(wide["tail_sample_codes"][part], samples_Tm[part], where)
+            np.add(out.logprobs[part], shift_T[:, None], out=out.logprobs[part])
+            self._decode_ids(given["token_codes"][part], gaps_TK, lists_T[part], out.token_ids[part], where)
+            if out.num_samples:
+                self._decode_samples(given["tail_sample_codes"][part], out.tail_samples[part], where)
 
     def _decode_levels(self, gaps_TK: NDArray[Any], out_TK: NDArray[np.float32], where: str) -> NDArray[np.float64]:
         """Sum the gaps rank by rank, over all positions at once; look up; give each position's sum of exponentials."""
@@ -350,10 +325,11 @@ class Codec:
         np.add(places_TK, in_list_TK, out=places_TK)
         np.take(self._tokens, places_TK, out=out_TK, mode="clip")
 
-    def _begin_of_lists(self, chosen_T: NDArray[np.uint8] | None, num: int) -> NDArray[np.int32]:
+    def _begin_of_lists(self, chosen_T: NDArray[np.uint8] | None, num: int, where: str) -> NDArray[np.int32]:
         """[T] where the list of each position's class begins in the table of tokens."""
         if chosen_T is None:
             return np.zeros(num, np.int32)
+        _check(chosen_T, len(self._lists), f"{where}, position_class")
         return chosen_T.astype(np.int32) * np.int32(self._lists.shape[1]) + np.int32(len(self._order))
 
     def _decode_samples(self, samples_Tm: NDArray[Any], out_Tm: NDArray[np.int32], where: str) -> None:

@@ -19,16 +19,19 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from tailcache.storage.fixed_point import EVEN, INFINITY
 from tailcache.storage.logarithm import LOG_2, ROOT_HALF_BITS, SERIES
 
-__all__ = ["decode_head", "decode_samples", "transpose"]
+__all__ = ["copy_rows", "decode_rows", "transpose"]
 
 _SQUARE = 128, 64
 """Positions and columns that are transposed at a time: both sides stay in the processor's first cache."""
 _TILE = 32
 """Positions taken through each step together: their results stay in the processor's first cache."""
 _LOG_2, _SERIES, _ROOT_HALF = LOG_2, SERIES, np.int64(ROOT_HALF_BITS)
+_EVEN, _INFINITY = np.int64(EVEN), np.int64(INFINITY)
 
+Scalars = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 
 
@@ -73,6 +76,31 @@ def transpose(columns_KT: NDArray[Any], out_TK: NDArray[Any]) -> None:
 
 
 @_compiled
+def copy_rows(
+    arrays: tuple[NDArray[np.uint8], ...],
+    starts_R: NDArray[np.int64],
+    lengths_R: NDArray[np.int64],
+    widths: NDArray[np.int64],
+    out: tuple[NDArray[np.uint8], ...],
+) -> None:
+    """Copy the rows of some arrays, one after another.
+
+    Args:
+      arrays: the bytes of each.
+      starts_R: where each row begins, in elements.
+      lengths_R: elements of each row.
+      widths: bytes of an element of each array.
+      out: the bytes of each result.
+    """
+    for i in range(len(arrays)):
+        done = 0
+        for row in range(len(starts_R)):
+            first, length = starts_R[row] * widths[i], lengths_R[row] * widths[i]
+            out[i][done : done + length] = arrays[i][first : first + length]
+            done += length
+
+
+@_compiled
 def _log(value: float, number: NDArray[np.float64], bits: NDArray[np.int64]) -> float:
     """``natural_log`` of one number, operation by operation; the arrays are one element in two types, to work in."""
     if not value > 0.0:
@@ -89,133 +117,191 @@ def _log(value: float, number: NDArray[np.float64], bits: NDArray[np.int64]) -> 
 
 
 @_compiled
-def decode_head(
+def _decode_scalars(
+    codes: Scalars,
+    table: NDArray[np.float32],
+    steps: float,
+    begin: int,
+    log_head_t: NDArray[np.float32],
+    out: tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]],
+    done: int,
+) -> bool:
+    """The scalars of one row, of which there are as many as in ``log_head_t``; whether all of them are ordinary."""
+    tail_logit, tail_entropy, target_logit = codes
+    log_tail, entropy, log_target, log_not_target = out
+    last, zero, right = np.uint64(len(table) - 1), np.float32(0.0), True
+    for i in range(len(log_head_t)):
+        n, t = np.uint64(begin + i), np.uint64(done + i)
+        value, is_right = _float_of(tail_logit[n], steps)
+        softplus = table[min(np.uint64(abs(np.int64(tail_logit[n]))), last)]
+        log_tail[t], log_head_t[np.uint64(i)] = min(value, zero) - softplus, min(-value, zero) - softplus
+        right &= is_right
+        value, is_right = _float_of(target_logit[n], steps)
+        softplus = table[min(np.uint64(abs(np.int64(target_logit[n]))), last)]
+        log_target[t], log_not_target[t] = min(value, zero) - softplus, min(-value, zero) - softplus
+        right &= is_right
+        entropy[t], is_right = _float_of(tail_entropy[n], steps)
+        right &= is_right
+    return right
+
+
+@_compiled
+def _float_of(code: int, steps: float) -> tuple[Any, Any]:
+    """``fixed_point.float_of`` of one code, unless it is huge."""
+    size = abs(np.int64(code))
+    if size == _INFINITY:
+        return np.float32(np.inf if code > 0 else -np.inf), True
+    return np.float32(np.float32(code) * np.float32(steps)), size <= _EVEN
+
+
+@_compiled
+def _decode_head(
     codes_NK: NDArray[Any],
     gaps_NK: NDArray[Any],
-    starts_R: NDArray[np.int64],
-    lengths_R: NDArray[np.int64],
-    lists_T: NDArray[np.int32],
-    class_size: int,
-    tokens: NDArray[Any],
-    num_codes: int,
-    minus_levels_L: NDArray[np.float32],
-    weights_L: NDArray[np.float64],
-    log_head_T: NDArray[np.float32],
+    classes_N: NDArray[Any],
+    tables: tuple[NDArray[Any], NDArray[np.float32], NDArray[np.float64]],
+    sizes: tuple[int, int, int],
+    begin: int,
+    log_head_t: NDArray[np.float32],
+    codes_K: NDArray[np.int64],
     ids_TK: NDArray[np.int32],
     logprobs_TK: NDArray[np.float32],
+    done: int,
 ) -> bool:
-    """Ids and log-probs of the kept tokens of some rows.
+    """Ids and log-probs of the kept tokens of one row.
 
     A position is gone over once for each thing that is made of it, so that what a loop needs stays in registers.
     Whether two neighbours share a level, and whether a token is in its list, is as good as random, and a processor that
     guesses it is wrong often: there, one of two numbers is chosen, and nothing is branched to.
-
-    Args:
-      codes_NK: stored token codes, unsigned.
-      gaps_NK: stored gaps between levels, unsigned; by rows or by columns.
-      starts_R: where each row begins in the two above.
-      lengths_R: positions of each row; T is their sum.
-      lists_T: where in ``tokens`` each position's list begins.
-      class_size: M; a code below it is a place in the list, any other one M + a place from the start of ``tokens``.
-      tokens: [V + C M].
-      num_codes: M + V.
-      minus_levels_L: minus the levels, nats.
-      weights_L: the exponentials of that, as float32 has them.
-      log_head_T: nats, log of the kept tokens' mass.
-      ids_TK: result.
-      logprobs_TK: result, nats.
-
-    Returns:
-      Whether all codes and levels are in their tables; if not, the results are of no use.
     """
+    tokens, minus_levels_L, weights_L = tables
+    vocab_size, num_classes, class_size = np.int64(sizes[0]), np.int64(sizes[1]), np.int64(sizes[2])
     top_k = codes_NK.shape[1]
-    last_level, last_code = np.int64(len(weights_L) - 1), np.int64(num_codes - 1)
-    size, none, first_two = np.int64(class_size), np.int64(0), min(2, top_k)
-    codes_K = np.empty(top_k, np.int64)
+    last_level, last_code = np.int64(len(weights_L) - 1), vocab_size + class_size - 1
+    none, first_two = np.int64(0), min(2, top_k)
     shares_t = np.empty(_TILE, np.float64)
     number = np.empty(1, np.float64)
     bits = number.view(np.int64)
-    wrong, done = False, 0
-    for row in range(len(starts_R)):
-        for first in range(0, lengths_R[row], _TILE):
-            count = min(_TILE, lengths_R[row] - first)
-            source, target = starts_R[row] + first, done + first
-            for i in range(count):
-                n, t = np.uint64(source + i), np.uint64(target + i)
-                highest = none
-                for column in range(top_k):  # sums of 32-bit numbers, which 64 bits hold
-                    highest += np.int64(gaps_NK[n, np.uint64(column)])
-                if highest > last_level:
-                    wrong = True
-                    continue
-                level, share = np.uint64(0), 0.0
-                for column in range(top_k):
-                    k = np.uint64(column)
-                    level += np.uint64(gaps_NK[n, k])
-                    logprobs_TK[t, k] = minus_levels_L[level]
-                    share += weights_L[level]  # from the most likely token on
-                shares_t[np.uint64(i)] = share
-                code = none
-                for column in range(first_two):  # the second one is not a difference even on the first one's level
-                    code = np.int64(codes_NK[n, np.uint64(column)])
-                    codes_K[np.uint64(column)] = code
-                for column in range(2, top_k):
-                    k = np.uint64(column)
-                    code = np.int64(codes_NK[n, k]) + (code if gaps_NK[n, k] == 0 else none)
-                    codes_K[k] = code
-                highest = none
-                for column in range(top_k):
-                    highest = max(highest, codes_K[np.uint64(column)])
-                if highest > last_code:
-                    wrong = True
-                    continue
-                to_list = np.int64(lists_T[t])
-                for column in range(top_k):
-                    k = np.uint64(column)
-                    ids_TK[t, k] = tokens[np.uint64(codes_K[k] + (to_list if codes_K[k] < size else -size))]
-            for i in range(count):
-                t = np.uint64(target + i)
-                shift = np.float32(np.float64(log_head_T[t]) - _log(shares_t[np.uint64(i)], number, bits))
-                for column in range(top_k):
-                    logprobs_TK[t, np.uint64(column)] += shift
-        done += lengths_R[row]
-    return not wrong
+    right = True
+    for first in range(0, len(log_head_t), _TILE):
+        count = min(_TILE, len(log_head_t) - first)
+        for i in range(count):
+            n, t = np.uint64(begin + first + i), np.uint64(done + first + i)
+            highest = none
+            for column in range(top_k):  # sums of 32-bit numbers, which 64 bits hold
+                highest += np.int64(gaps_NK[n, np.uint64(column)])
+            if highest > last_level:
+                right = False
+                continue
+            level, share = np.uint64(0), 0.0
+            for column in range(top_k):
+                k = np.uint64(column)
+                level += np.uint64(gaps_NK[n, k])
+                logprobs_TK[t, k] = minus_levels_L[level]
+                share += weights_L[level]  # from the most likely token on
+            shares_t[np.uint64(i)] = share
+            code = none
+            for column in range(first_two):  # the second one is not a difference even on the first one's level
+                code = np.int64(codes_NK[n, np.uint64(column)])
+                codes_K[np.uint64(column)] = code
+            for column in range(2, top_k):
+                k = np.uint64(column)
+                code = np.int64(codes_NK[n, k]) + (code if gaps_NK[n, k] == 0 else none)
+                codes_K[k] = code
+            highest = none
+            for column in range(top_k):
+                highest = max(highest, codes_K[np.uint64(column)])
+            chosen = np.int64(classes_N[n]) if num_classes > 1 else none
+            if highest > last_code or chosen >= num_classes:
+                right = False
+                continue
+            to_list = vocab_size + chosen * class_size
+            for column in range(top_k):
+                k = np.uint64(column)
+                ids_TK[t, k] = tokens[np.uint64(codes_K[k] + (to_list if codes_K[k] < class_size else -class_size))]
+        for i in range(count):
+            t = np.uint64(done + first + i)
+            log_head = np.float64(log_head_t[np.uint64(first + i)])
+            shift = np.float32(log_head - _log(shares_t[np.uint64(i)], number, bits))
+            for column in range(top_k):
+                logprobs_TK[t, np.uint64(column)] += shift
+    return right
 
 
 @_compiled
-def decode_samples(
+def _decode_samples(
     differences_Nm: NDArray[Any],
-    starts_R: NDArray[np.int64],
-    lengths_R: NDArray[np.int64],
     columns: NDArray[np.intp],
     tokens: NDArray[Any],
+    vocab_size: int,
+    begin: int,
+    ids_Tm: NDArray[np.int32],
+    done: int,
     num: int,
-    ids_Tm: NDArray[Any],
 ) -> bool:
-    """Ids of the draws of some rows.
+    """Ids of the draws of one row of ``num`` positions; whether all their ranks are below V."""
+    last, right = np.uint64(vocab_size - 1), True
+    for i in range(num):
+        n, t = np.uint64(begin + i), np.uint64(done + i)
+        rank = np.uint64(0)
+        for sample in range(len(columns)):
+            j = np.uint64(sample)
+            rank += np.uint64(differences_Nm[n, np.uint64(columns[j])])
+            ids_Tm[t, j] = tokens[min(rank, last)]
+        if rank > last:
+            right = False
+    return right
+
+
+@_compiled
+def decode_rows(
+    wide: tuple[NDArray[Any], NDArray[Any], NDArray[Any]],
+    classes_N: NDArray[Any],
+    scalars: Scalars,
+    starts_R: NDArray[np.int64],
+    lengths_R: NDArray[np.int64],
+    tables: tuple[NDArray[Any], NDArray[np.float32], NDArray[np.float64], NDArray[np.float32], NDArray[np.intp]],
+    sizes: tuple[int, int, int],
+    steps: float,
+    out_wide: tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]],
+    out_scalars: tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]],
+) -> bool:
+    """All that ``Codec.decode`` makes of some rows of an array of stored fields; one call, so one wait for Python.
 
     Args:
-      differences_Nm: stored differences of the sorted ranks, unsigned.
-      starts_R: where each row begins in them.
+      wide: token codes [N, K] and gaps between levels [N, K], by rows or by columns, and differences of the sorted
+        draws' ranks [N, m]; unsigned.
+      classes_N: unsigned; not looked at where there is one class.
+      scalars: codes [N] of the tail's logit, the tail's entropy and the target's logit.
+      starts_R: where each row begins in these.
       lengths_R: positions of each row; T is their sum.
-      columns: [m] where each of the differences stands.
-      tokens: [V or more] the token of each rank.
-      num: V.
-      ids_Tm: result.
+      tables: tokens [V + C M] of each rank and of each class' list; minus the levels [L], nats; their exponentials, as
+        float32 has them; log(1 + exp(-x)) for the scalars' codes; [m] where each of the differences stands.
+      sizes: V, C and M.
+      steps: a scalar's step, nats.
+      out_wide: ids [T, K], log-probs [T, K] (nats) and the draws' ids [T, m].
+      out_scalars: [T] each, nats: log tail, the tail's entropy, log p and log(1 - p) of the target.
 
     Returns:
-      Whether all ranks are below V; if not, the results are of no use.
+      Whether all numbers are in their tables, and no scalar is huge; if not, the results are of no use.
     """
-    last, wrong, done = np.uint64(num - 1), False, 0
+    codes_NK, gaps_NK, differences_Nm = wide
+    tokens, minus_levels_L, weights_L, softplus, columns = tables
+    ids_TK, logprobs_TK, samples_Tm = out_wide
+    longest = 0
+    for row in range(len(lengths_R)):
+        longest = max(longest, lengths_R[row])
+    log_head = np.empty(longest, np.float32)
+    codes_K = np.empty(codes_NK.shape[1], np.int64)
+    right, done = True, 0
     for row in range(len(starts_R)):
-        for i in range(lengths_R[row]):
-            n, t = np.uint64(starts_R[row] + i), np.uint64(done + i)
-            rank = np.uint64(0)
-            for sample in range(len(columns)):
-                j = np.uint64(sample)
-                rank += np.uint64(differences_Nm[n, np.uint64(columns[j])])
-                ids_Tm[t, j] = tokens[min(rank, last)]
-            if rank > last:
-                wrong = True
-        done += lengths_R[row]
-    return not wrong
+        begin, num = starts_R[row], lengths_R[row]
+        log_head_t = log_head[:num]
+        right &= _decode_scalars(scalars, softplus, steps, begin, log_head_t, out_scalars, done)
+        right &= _decode_head(
+            codes_NK, gaps_NK, classes_N, (tokens, minus_levels_L, weights_L), sizes, begin, log_head_t, codes_K,
+            ids_TK, logprobs_TK, done,
+        )  # fmt: skip
+        right &= _decode_samples(differences_Nm, columns, tokens, sizes[0], begin, samples_Tm, done, num)
+        done += num
+    return right

@@ -16,25 +16,25 @@ from numpy.typing import NDArray
 
 from tailcache.storage.errors import CorruptError
 
-__all__ = ["fixed_of", "float_of", "logit_of", "logs_of"]
+__all__ = ["EVEN", "INFINITY", "fixed_of", "float_of", "logit_of", "logs_of", "softplus_table"]
 
-_EVEN = 1 << 20
+EVEN = 1 << 20
 _PER_OCTAVE = 1 << 12
-_INFINITY = 1 << 30
-_LARGEST = _EVEN + 148 * _PER_OCTAVE
+INFINITY = 1 << 30
+_LARGEST = EVEN + 148 * _PER_OCTAVE
 """A bound on finite codes, whatever ``steps``: float32 reaches 2^128."""
-_TABLE = 1 << 17
+_UNDERFLOW = 104  # nats: exp(-104) is 0 in float32
 
 
 def fixed_of(values: NDArray[np.floating], steps: int) -> NDArray[np.int32]:
     """The codes nearest to some numbers, any shape; no NaN."""
     scaled = np.abs(values.astype(np.float64)) * steps
     finite = np.isfinite(scaled)
-    codes = np.rint(np.minimum(scaled, _EVEN))
-    huge = finite & (scaled > _EVEN)
+    codes = np.rint(np.minimum(scaled, EVEN))
+    huge = finite & (scaled > EVEN)
     if huge.any():
-        codes[huge] = _EVEN + np.rint(_PER_OCTAVE * np.log2(scaled[huge] / _EVEN))
-    codes[~finite] = _INFINITY
+        codes[huge] = EVEN + np.rint(_PER_OCTAVE * np.log2(scaled[huge] / EVEN))
+    codes[~finite] = INFINITY
     signed: NDArray[np.int32] = np.copysign(codes, values).astype(np.int32)
     return signed
 
@@ -47,17 +47,17 @@ def float_of(codes: NDArray[np.int32], steps: int, where: str) -> NDArray[np.flo
     """
     values: NDArray[np.float32] = codes.astype(np.float32)
     values *= np.float32(1 / steps)
-    if codes.size and (int(codes.max()) > _EVEN or int(codes.min()) < -_EVEN):
+    if codes.size and (int(codes.max()) > EVEN or int(codes.min()) < -EVEN):
         size = np.abs(codes.astype(np.int64))
-        if ((size > _LARGEST) & (size != _INFINITY)).any():
+        if ((size > _LARGEST) & (size != INFINITY)).any():
             raise CorruptError(
-                f"{where}: expected codes up to {_LARGEST} in magnitude, or {_INFINITY} for infinity; found "
+                f"{where}: expected codes up to {_LARGEST} in magnitude, or {INFINITY} for infinity; found "
                 f"{codes.min()} to {codes.max()}; run `tailcache verify`"
             )
-        huge = size > _EVEN
-        octaves = np.minimum(size[huge] - _EVEN, _LARGEST) / _PER_OCTAVE
-        large = np.minimum(_EVEN / steps * 2.0**octaves, float(np.finfo(np.float32).max))
-        values[huge] = np.copysign(np.where(size[huge] == _INFINITY, np.inf, large), codes[huge])
+        huge = size > EVEN
+        octaves = np.minimum(size[huge] - EVEN, _LARGEST) / _PER_OCTAVE
+        large = np.minimum(EVEN / steps * 2.0**octaves, float(np.finfo(np.float32).max))
+        values[huge] = np.copysign(np.where(size[huge] == INFINITY, np.inf, large), codes[huge])
     return values
 
 
@@ -77,23 +77,19 @@ def logs_of(
       logit: what ``float_of`` makes of them.
       steps: of the codes to a nat.
     """
-    table = _softplus_table(steps)
-    sizes = np.abs(codes)
-    softplus: NDArray[np.float32] = np.take(table, sizes, mode="clip")
-    beyond = sizes >= len(table)
-    if beyond.any():
-        softplus[beyond] = _softplus(-np.abs(logit[beyond]))
+    softplus = np.take(softplus_table(steps), np.abs(codes), mode="clip")
     return np.minimum(logit, 0) - softplus, np.minimum(-logit, 0) - softplus
 
 
-def _softplus(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    found: NDArray[np.float32] = np.log1p(np.exp(values))
-    return found
-
-
 @functools.lru_cache(maxsize=4)
-def _softplus_table(steps: int) -> NDArray[np.float32]:
-    """Of minus what each of the first codes stands for: looking it up takes a tenth of the time of working it out."""
-    table = _softplus(-float_of(np.arange(_TABLE, dtype=np.int32), steps, "table"))
+def softplus_table(steps: int) -> NDArray[np.float32]:
+    """log(1 + exp(-x)) for what each code from 0 on stands for, to where it is 0 for it and all that follow.
+
+    To look it up takes a tenth of the time of working it out. A code is looked up by its magnitude.
+    """
+    even = np.arange(min(EVEN, _UNDERFLOW * steps) + 1, dtype=np.int32)
+    huge = np.arange(EVEN + 1, _LARGEST + 1, dtype=np.int32) if _UNDERFLOW * steps > EVEN else even[:0]
+    values = float_of(np.concatenate([even, huge]), steps, "table")
+    table: NDArray[np.float32] = np.log1p(np.exp(-values))
     table.flags.writeable = False
     return table

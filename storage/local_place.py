@@ -14,7 +14,7 @@ import numpy as np
 from tailcache.storage import durable
 from tailcache.storage.errors import CorruptError, StorageError
 from tailcache.storage.place import Claim, Place
-from tailcache.storage.slabs import SMALLEST, empty
+from tailcache.storage.slabs import empty
 
 __all__ = ["LocalPlace"]
 
@@ -83,15 +83,12 @@ class LocalPlace(Place):
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes | memoryview]:
         """Some byte ranges of a file."""
         with self._opened(name) as descriptor:
-            total = sum(last - first for first, last in ranges)
-            if total < SMALLEST:
-                return [os.pread(descriptor, last - first, first) for first, last in ranges]
-            memory = memoryview(empty((total,), np.uint8).data)
             parts: list[memoryview] = []
             for run in _runs(ranges):  # one call for what lies together
-                size = run[-1][1] - run[0][0]
-                found, memory = memory[: os.preadv(descriptor, [memory[:size]], run[0][0])], memory[size:]
-                parts.extend(found[first - run[0][0] : last - run[0][0]] for first, last in run)
+                begin, end = run[0][0], run[-1][1]
+                memory = memoryview(empty((end - begin,), np.uint8).data)
+                found = memory[: os.preadv(descriptor, [memory], begin)]
+                parts.extend(found[first - begin : last - begin] for first, last in run)
             return parts
 
     def read_end(self, name: str, count: int) -> tuple[bytes, int]:

@@ -5,18 +5,17 @@ Legend: R rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tailcache.storage.compiled import decode_loops
 from tailcache.storage.slabs import empty
 
 __all__ = ["Piece", "Pieces", "Span", "arrays_of", "pieces_of"]
-
-_LONG_ROW = 256  # elements
 
 
 class Span:
@@ -28,31 +27,21 @@ class Span:
       total: elements of all of them.
     """
 
-    __slots__ = ("_index", "_slices", "lengths", "starts", "total")
+    __slots__ = ("_index", "lengths", "starts", "total")
 
     def __init__(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
         self.starts, self.lengths = starts, lengths
-        ends = np.cumsum(lengths)
-        self.total = int(ends[-1]) if len(ends) else 0
-        self._slices: list[tuple[slice, slice]] = []
+        self.total = int(lengths.sum())
         self._index: NDArray[np.int64] | None = None
-        if self.total >= _LONG_ROW * len(starts):  # a copy for each row, of so many elements that this is the fastest
-            for start, end, length in zip(starts.tolist(), ends.tolist(), lengths.tolist(), strict=True):
-                self._slices.append((slice(start, start + length), slice(end - length, end)))
-        else:
-            index = np.repeat(starts - (ends - lengths), lengths)
-            self._index = np.add(index, np.arange(self.total), out=index)
 
-    def copy(self, values: NDArray[Any], out: NDArray[Any]) -> None:
-        """Copy the rows of an array, one after another; both may lie by columns."""
-        if self._index is not None:
-            if self.total:
-                by_column = values.ndim > 1 and values.flags.f_contiguous
-                source, target = (values.T, out.T) if by_column else (values, out)
-                np.take(source, self._index, axis=int(by_column), out=target, mode="clip")
-            return
-        for source_slice, target_slice in self._slices:
-            out[target_slice] = values[source_slice]
+    @property
+    def index(self) -> NDArray[np.int64]:
+        """[total] where each element lies in the array."""
+        if self._index is None:
+            before = np.cumsum(self.lengths) - self.lengths
+            self._index = np.repeat(self.starts - before, self.lengths)
+            self._index += np.arange(self.total)
+        return self._index
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,17 +65,6 @@ class Pieces:
         """Of the array that they make up."""
         return (sum(part.span.total for part in self.parts), *self.parts[0].values.shape[1:])
 
-    def joined(self) -> NDArray[Any]:
-        """That array, laid out as the pieces are; one copy."""
-        first = self.parts[0].values
-        by_column = first.ndim > 1 and first.flags.f_contiguous
-        out = empty(self.shape, first.dtype, order="F" if by_column else "C")
-        done = 0
-        for part in self.parts:
-            part.span.copy(part.values, out[done : done + part.span.total])
-            done += part.span.total
-        return out
-
 
 def pieces_of(values: NDArray[Any] | Pieces) -> Pieces:
     """An array as the only piece."""
@@ -96,6 +74,33 @@ def pieces_of(values: NDArray[Any] | Pieces) -> Pieces:
     return Pieces((Piece(values, whole),))
 
 
-def arrays_of(stored: Mapping[str, NDArray[Any] | Pieces]) -> dict[str, NDArray[Any]]:
-    """All fields as arrays."""
-    return {name: value.joined() if isinstance(value, Pieces) else value for name, value in stored.items()}
+def arrays_of(fields: Mapping[str, NDArray[Any] | Pieces]) -> dict[str, NDArray[Any]]:
+    """All fields as arrays, laid out as they are; one copy of those that are pieces, whose spans must be the same."""
+    arrays = {name: values for name, values in fields.items() if not isinstance(values, Pieces)}
+    apart = {name: values for name, values in fields.items() if isinstance(values, Pieces)}
+    for name, pieces in apart.items():
+        first = pieces.parts[0].values
+        by_column = first.ndim > 1 and first.flags.f_contiguous
+        arrays[name] = empty(pieces.shape, first.dtype, order="F" if by_column else "C")
+    done = 0
+    for parts in zip(*(pieces.parts for pieces in apart.values()), strict=True):
+        part = slice(done, done := done + parts[0].span.total)
+        _copy(parts, [arrays[name][part] for name in apart])
+    return arrays
+
+
+def _copy(parts: Sequence[Piece], outs: Sequence[NDArray[Any]]) -> None:
+    """The rows of some arrays after one another, each into one laid out like it, by rows or by columns."""
+    span = parts[0].span
+    loops = decode_loops(0)
+    if loops is not None and all(part.values.flags.carray for part in parts):
+        widths = np.array([part.values[:1].nbytes if len(part.values) else 1 for part in parts])
+        sources = tuple(part.values.reshape(-1).view(np.uint8) for part in parts)
+        targets = tuple(out.reshape(-1).view(np.uint8) for out in outs)
+        loops.copy_rows(sources, span.starts, span.lengths, widths, targets)
+        return
+    for part, out in zip(parts, outs, strict=True):
+        by_column = part.values.ndim > 1 and part.values.flags.f_contiguous
+        source, target = (part.values.T, out.T) if by_column else (part.values, out)
+        if span.total:
+            np.take(source, span.index, axis=int(by_column), out=target, mode="clip")

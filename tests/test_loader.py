@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from tailcache.storage.blocks import TargetRows
 from tailcache.storage.codec import Targets
+from tailcache.storage.compiled import SWITCH
 from tailcache.storage.errors import ConfigError, CorruptError, MismatchError
 from tailcache.storage.reader import Teacher, open_cache
 from tailcache.trainers.loader import CacheLoader
@@ -97,11 +98,14 @@ def test_small_batches_are_decoded_several_at_a_time(teacher: Teacher, monkeypat
     assert len(decoded) < len(sizes) / 2
 
 
-def test_long_rows_are_copied_in_another_way_and_are_the_same(
-    teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("switch", ["never", "always"])
+def test_rows_are_the_same_whichever_way_they_are_copied(
+    teacher: Teacher, monkeypatch: pytest.MonkeyPatch, switch: str
 ) -> None:
+    if switch == "always":
+        pytest.importorskip("numba")
     expected = list(loader_of(teacher, batch_rows=7))
-    monkeypatch.setattr("tailcache.storage.pieces._LONG_ROW", 0)
+    monkeypatch.setenv(SWITCH, switch)
     for batch, other in zip(loader_of(teacher, batch_rows=7), expected, strict=True):
         assert all(torch.equal(batch[name], other[name]) for name in other)
 

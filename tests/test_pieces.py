@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from test_decode_loops import bits, codec_of, stored_of
 
-from tailcache.storage import pieces as module
 from tailcache.storage.compiled import SWITCH
 from tailcache.storage.errors import CorruptError
 from tailcache.storage.pieces import Piece, Pieces, Span, arrays_of, pieces_of
@@ -27,17 +26,18 @@ ROWS = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 10)), min_size=1, m
 
 @settings(max_examples=60, deadline=None)
 @given(parts=st.lists(ROWS, min_size=1, max_size=4), columns=st.sampled_from([0, 1, 3]), by_column=st.booleans())
-@pytest.mark.parametrize("long_row", [0, 256])
-def test_joined(long_row: int, parts: list[list[tuple[int, int]]], columns: int, by_column: bool) -> None:
-    """By slices, as long rows are copied, and by indices, as short ones are."""
+@pytest.mark.parametrize("switch", ["never", "always"])
+def test_joined(switch: str, parts: list[list[tuple[int, int]]], columns: int, by_column: bool) -> None:
+    if switch == "always":
+        pytest.importorskip("numba")
     generator = np.random.default_rng(0)
     arrays = [generator.integers(0, 1000, (30, columns) if columns else 30) for _ in parts]
     laid = [np.asfortranarray(each) if by_column else each for each in arrays]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_LONG_ROW", long_row)
+        patch.setenv(SWITCH, switch)
         made = Pieces(tuple(cut(values, rows) for values, rows in zip(laid, parts, strict=True)))
     expected = [values[a : a + n] for values, rows in zip(arrays, parts, strict=True) for a, n in rows]
-    found = made.joined()
+    found = arrays_of({"a": made})["a"]
     assert (found == np.concatenate(expected)).all()
     assert found.shape == made.shape
     assert found.flags.f_contiguous if by_column and columns else found.flags.c_contiguous
@@ -45,7 +45,7 @@ def test_joined(long_row: int, parts: list[list[tuple[int, int]]], columns: int,
 
 def test_an_array_is_its_only_piece() -> None:
     values = np.arange(12).reshape(4, 3)
-    assert (pieces_of(values).joined() == values).all()
+    assert (arrays_of({"a": pieces_of(values)})["a"] == values).all()
     whole = pieces_of(values)
     assert pieces_of(whole) is whole
     assert (arrays_of({"a": whole, "b": values})["a"] == arrays_of({"b": values})["b"]).all()
