@@ -11,7 +11,9 @@ A cache of synthetic Zipf-like distributions (or one that is named) is read in t
 * S3: the shuffled loader over a server on this machine, which is the limit: beside it, the rate of plain downloads;
 * stored fields of a shard, not decoded: directly, through zarr-python's own pipeline, and through ``zarrs``.
 
-Bytes are counted where they are read: an epoch uses every stored byte of the targets and of the tokens once.
+How busy the machine was is told by a control, fixed work on all processors, before and after each turn of the shuffled
+loader, against the fastest such work in the run. Bytes are counted where they are read: an epoch uses every stored byte
+of the targets and of the tokens once.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ import tyro
 
 from tailcache.pipeline.config import CaptureConfig
 from tailcache.scripts.counted_place import CountedPlace
-from tailcache.scripts.measure import Bar, report, spread
+from tailcache.scripts.measure import Bar, control_seconds, report, spread
 from tailcache.scripts.reader_baselines import parquet_random, parquet_shuffled, s3_copy, write_parquet
 from tailcache.storage import compiled
 from tailcache.storage.arrays import open_array, read_slice
@@ -281,16 +283,19 @@ def bench(config: BenchReader) -> None:
             "parquet_numpy": lambda s: parquet_shuffled(parquet, batch_rows=BATCH_ROWS, seed=s, kind="numpy"),
             "parquet_arrow": lambda s: parquet_shuffled(parquet, batch_rows=BATCH_ROWS, seed=s, kind="arrow"),
         }
+        fastest = control_seconds()
         for way in ways.values():
             way(0)
         rates: dict[str, list[float]] = {name: [] for name in ways}
-        read = []
+        read, control = [], []
         for repeat in range(1, config.repeats + 1):
             for name, way in ways.items():
-                before = place.count.num_bytes
+                before, control_before = place.count.num_bytes, control_seconds()
                 rates[name].append(way(repeat))
                 if name == "shuffled":
                     read.append((place.count.num_bytes - before) / EPOCHS)
+                    control.append((control_before + control_seconds()) / 2)
+                fastest = min(fastest, control_before)
         workers.close()
         rates["parquet"] = [max(pair) for pair in zip(rates["parquet_numpy"], rates["parquet_arrow"], strict=True)]
         copied = parquet_random(parquet, Path(folder) / "arrow", batch_rows=BATCH_ROWS, seed=1)
@@ -304,6 +309,7 @@ def bench(config: BenchReader) -> None:
         "num_samples": teacher.num_samples,
         "vocab_size": teacher.vocab_size,
         **{f"{name}_positions_per_s": spread(values) for name, values in rates.items()},
+        "control during shuffled / its fastest": spread([seconds / fastest for seconds in control]),
         "compiled_loops": compiled.decode_loops(0) is not None,
         "shuffled / parquet": spread(over),
         "shuffled / single rows": spread([a / b for a, b in zip(rates["shuffled"], rates["single_rows"], strict=True)]),

@@ -10,11 +10,16 @@ import contextlib
 import json
 import os
 import platform
+import random
 import resource
 import statistics
 import sys
+import threading
+import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +90,26 @@ def peak_mib() -> float:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def control_seconds() -> float:
+    """What a fixed piece of work takes on all processors at once: it varies with what else the machine has to do.
+
+    A processor may be one half of a core whose other half serves somebody else, which no load average shows.
+    """
+    packed = _packed_control()
+    start = time.perf_counter()
+    threads = [threading.Thread(target=zlib.decompress, args=(packed,)) for _ in range(num_processors())]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return time.perf_counter() - start
+
+
+@lru_cache(maxsize=1)
+def _packed_control() -> bytes:
+    return zlib.compress(bytes(random.Random(0).choices(range(40), k=1 << 18)) * 24, 1)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

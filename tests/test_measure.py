@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import mmap
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tailcache.scripts.bench_reader import BenchReader, bench, synthetic_targets
-from tailcache.scripts.measure import Bar, peak_mib, report, reset_peak, spread
+from tailcache.scripts.measure import Bar, _packed_control, control_seconds, peak_mib, report, reset_peak, spread
 
 
 def test_bars_know_which_side_is_good() -> None:
@@ -18,6 +19,12 @@ def test_bars_know_which_side_is_good() -> None:
     assert not Bar(name="ratio", value=1.3, limit=1.25, at_most=True).met
     assert Bar(name="rate", value=6.0, limit=5.0, at_most=False).met
     assert "MISSED" in str(Bar(name="rate", value=4.0, limit=5.0, at_most=False))
+
+
+def test_the_control_is_the_same_work_each_time() -> None:
+    assert 0 < control_seconds() < 60
+    assert _packed_control() is _packed_control()
+    assert len(zlib.decompress(_packed_control())) == 24 << 18
 
 
 def test_a_missed_bar_fails_the_check_and_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
