@@ -31,7 +31,7 @@ from tailcache.storage.codec import (
 )
 from tailcache.storage.codec_v1 import CodecV1
 from tailcache.storage.errors import CorruptError, TeacherError
-from tailcache.storage.fixed_point import fixed_of, float_of
+from tailcache.storage.fixed_point import fixed_of, float_of, logs_of
 
 CODECS = ("v1", "v2", "v2 with classes")
 BUDGETS = (1e-6, 1e-5, 1e-4, 1e-3)
@@ -352,6 +352,24 @@ def test_every_float32_has_a_fixed_point_code(values: list[float], steps: int) -
     clear = np.abs(array) > 1 / steps
     assert (np.signbit(found[clear]) == np.signbit(array[clear])).all()
     assert (fixed_of(found, steps) == codes).all()
+
+
+@pytest.mark.parametrize("steps", [1, 256, 2048, 65_536])
+def test_both_logs_of_a_logit_keep_their_relative_precision(steps: int) -> None:
+    """Against float64, from 0 to where one of them is 0 in float32, on both sides, and at infinity."""
+    limit = min(110 * steps, 1 << 20)
+    codes = np.unique(np.linspace(0, limit, 5000).astype(np.int32))
+    codes = np.concatenate([codes, -codes, [(1 << 20) + 9, -(1 << 20) - 9, 1 << 30, -(1 << 30)]]).astype(np.int32)
+    logit = float_of(codes, steps, "here")
+    found = logs_of(codes, logit, steps)
+    exact = logit.astype(np.float64)
+    for log, sign in zip(found, (1, -1), strict=True):
+        with np.errstate(over="ignore"):
+            expected = -np.logaddexp(0, -sign * exact)
+        infinite = np.isinf(expected)
+        assert (log[infinite] == expected[infinite]).all()
+        error = np.abs(log[~infinite] - expected[~infinite])
+        assert (error <= 4 * 2.0**-24 * np.abs(expected[~infinite]) + 2.0**-149).all()
 
 
 def test_encode_keeps_no_more_memory_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,26 @@ def test_the_same_bits_when_rows_lie_by_columns_or_apart(monkeypatch: pytest.Mon
         assert both_ways(codec, again, monkeypatch) == (expected, expected)
 
 
+@pytest.mark.parametrize("steps", [1, 1024, 2048, 20_000])
+def test_scalars_far_out_infinite_or_wrong_come_out_alike(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """A scalar beyond 2^20 steps is huge; one that stands for nothing is refused."""
+    tables = codec_of(300, 4, 32, 16)
+    codec = Codec(tables._order.astype(np.uint32), -tables._minus_levels, tables._lists.astype(np.uint32), steps)
+    names = ("tail_logit", "tail_entropy", "target_logit")
+    infinity, even = 1 << 30, 1 << 20
+    ordinary = [0, 1, -1, 103 * steps, -103 * steps, 105 * steps, -105 * steps, infinity, -infinity]
+    for extra, refused in ([], False), ([even, -even], False), ([even + 5, -even - 5], False), ([even * 7], True):
+        codes = np.array([code for code in ordinary if abs(code) <= even or code % infinity == 0] + extra, np.int32)
+        for name in names:
+            stored = stored_of(codec, len(codes), 6, 2, 300, 4, seed=7)
+            stored[name] = codes
+            arrays, loops = both_ways(codec, stored, monkeypatch)
+            assert arrays == loops
+            assert isinstance(arrays, str) == refused
+            if refused:
+                assert name in arrays
+
+
 @pytest.mark.parametrize("kind", ["uint8", "uint16", "uint32"])
 @pytest.mark.parametrize(("columns", "num"), [(1, 1), (5, 0), (64, 128), (65, 300), (130, 129)])
 def test_transposed(kind: str, columns: int, num: int) -> None:
@@ -131,11 +151,14 @@ def test_what_was_written_wrong_is_refused_alike(data: st.DataObject) -> None:
     assert arrays == loops
 
 
-@pytest.mark.parametrize("field", ["token_codes", "logprob_gaps", "tail_sample_codes"])
+@pytest.mark.parametrize("field", ["token_codes", "logprob_gaps", "tail_sample_codes", "position_class"])
 def test_a_code_outside_its_table_is_named(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
     codec = codec_of(300, 4, 32, 16)
     stored = stored_of(codec, 100, 8, 4, 300, 4, seed=3)
-    stored[field][99, -1] = 5000
+    if field == "position_class":
+        stored[field][99] = 200
+    else:
+        stored[field][99, -1] = 5000
     monkeypatch.setenv(SWITCH, "always")
     with pytest.raises(CorruptError, match=f"{field}: expected codes from 0 to"):
         codec.decode(stored)
