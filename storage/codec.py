@@ -234,19 +234,20 @@ class Codec:
         columns = np.argsort(sample_columns(out.num_samples))
         tables = (self._narrow_tokens, self._minus_levels, self._wide_weights, softplus_table(self._steps), columns)
         sizes = (len(self._order), *self._lists.shape)
-        parts = {name: pieces_of(stored[name]).parts for name in _REQUIRED if name in stored}
+        names = [name for name in _REQUIRED if name in stored]
         done, right = 0, True
-        for i, codes in enumerate(parts["token_codes"]):
-
-            def values(*names: str, i: int = i) -> tuple[NDArray[Any], ...]:
-                return tuple(parts[name][i].values if name in parts else _ABSENT[name] for name in names)
-
-            part = slice(done, done := done + codes.span.total)
+        for pieces in zip(*(pieces_of(stored[name]).parts for name in names), strict=True):
+            values = _ABSENT | {name: piece.values for name, piece in zip(names, pieces, strict=True)}
+            codes, gaps, differences = (values[name] for name in _WIDE)
+            if codes.shape != gaps.shape or len({len(piece.values) for piece in pieces}) > 1:
+                return False  # which the loops do not look at
+            span = pieces[0].span
+            part = slice(done, done := done + span.total)
             right &= loops.decode_rows(
-                values(*_WIDE), *values("position_class"), values(*_LOGITS), codes.span.starts, codes.span.lengths,
-                tables, sizes, 1 / self._steps,
+                (codes, gaps, differences), values["position_class"], tuple(values[name] for name in _LOGITS),
+                span.starts, span.lengths, tables, sizes, 1 / self._steps,
                 (out.token_ids[part], out.logprobs[part], out.tail_samples[part]),
-                (out.log_tail[part], out.tail_entropy[part], out.log_target[part], out.log_not_target[part]),
+                tuple(getattr(out, name)[part] for name in SCALARS),
             )  # fmt: skip
         return right
 

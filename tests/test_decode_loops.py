@@ -164,6 +164,20 @@ def test_a_code_outside_its_table_is_named(monkeypatch: pytest.MonkeyPatch, fiel
         codec.decode(stored)
 
 
+@pytest.mark.parametrize(
+    "field", ["token_codes", "logprob_gaps", "tail_entropy", "tail_sample_codes", "position_class"]
+)
+def test_fields_of_different_lengths_are_refused(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
+    """The loops look at no array's end."""
+    codec = codec_of(300, 4, 32, 16)
+    stored = stored_of(codec, 100, 8, 4, 300, 4, seed=3)
+    stored[field] = stored[field][:60]
+    for switch in ("never", "always"):
+        monkeypatch.setenv(SWITCH, switch)
+        with pytest.raises((ValueError, IndexError)):
+            codec.decode(stored)
+
+
 def test_what_is_decoded_is_what_was_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loops by themselves, against the definition: level differences, places in lists, exact head mass."""
     monkeypatch.setenv(SWITCH, "always")
