@@ -25,7 +25,7 @@ from typing import Any
 
 from tailcache.trainers.processors import num_processors
 
-__all__ = ["Bar", "conditions", "peak_mib", "report", "reset_peak", "spread"]
+__all__ = ["Bar", "conditions", "control_seconds", "peak_mib", "report", "reset_peak", "spread"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tailcache.storage.codec import Targets
 from tailcache.storage.compiled import SWITCH
 from tailcache.storage.errors import ConfigError, CorruptError, MismatchError
 from tailcache.storage.reader import Teacher, open_cache
-from tailcache.trainers.loader import CacheLoader
+from tailcache.trainers.loader import CacheLoader, as_tensors
 
 LENGTHS = tuple(2 + i * 7 % 11 for i in range(61))
 SMALL: dict[str, Any] = {"block_rows": 3, "window_blocks": 4}
@@ -316,6 +317,33 @@ def test_damage_is_an_error_of_the_consumer(tmp_path: Path, num_workers: int) ->
     (tmp_path / "teachers" / "t" / "tail_logit" / "c" / "2").unlink()
     with pytest.raises(CorruptError, match="shard 2, field tail_logit"):
         list(loader_of(teacher, num_workers=num_workers))
+
+
+def test_what_comes_before_damage_is_handed_over_first(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is not made yet when the damage is found."""
+
+    def slow(rows: TargetRows) -> dict[str, torch.Tensor]:
+        time.sleep(0.1)
+        return as_tensors(rows)
+
+    monkeypatch.setattr("tailcache.trainers.loader.num_processors", lambda: 1)
+    loader = loader_of(teacher, collate=slow)
+    expected = rows_in(loader_of(teacher))
+    read, num_reads = loader._blocks.read, 0
+
+    def damaged(visit: int) -> Any:
+        nonlocal num_reads
+        num_reads += 1
+        if num_reads > 4:
+            raise CorruptError("damaged")
+        return read(visit)
+
+    monkeypatch.setattr(loader._blocks, "read", damaged)
+    found: list[int] = []
+    with pytest.raises(CorruptError, match="damaged"):
+        found.extend(row for batch in loader for row in rows_in([batch]))
+    assert found == expected[: len(found)]
+    assert found
 
 
 def test_an_error_of_the_collation_is_an_error_of_the_consumer(teacher: Teacher) -> None:

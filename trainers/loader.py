@@ -297,13 +297,15 @@ class CacheLoader(DataLoader[Any]):
             choose_device()
             return self._made(cut)
 
-        left = True
+        left = False
         num_steps = max(1, self._share.block_rows // self._share.batch_rows)
         try:
             for cut in walk(stages, reading.announce, reading.get, reading.keep_up, num_steps=num_steps):
                 yield pool.submit(_BATCHES_FIRST, partial(made, cut)), cut.ends
-            left = False
-        finally:
+        except GeneratorExit:
+            left = True
+            raise
+        finally:  # after an error too, the batches that come before it are made
             reading.close()
             for each in {pool, readers}:
                 each.close(cancel=left)
