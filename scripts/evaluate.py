@@ -16,9 +16,11 @@ def run(config: EvaluateConfig) -> None:
       TailcacheError: the cache or the student cannot be read, they do not fit, or a file cannot be written.
     """
     from tailcache.scripts.evaluate_report import evaluation_plots, evaluation_text
+    from tailcache.scripts.slow_products import warn_of_slow_products
     from tailcache.storage.durable import make_folder, write_file
     from tailcache.trainers.evaluate_run import evaluate
 
+    warn_of_slow_products(config.precision, config.device)
     found = evaluate(config)
     text = evaluation_text(found)
     print(text)

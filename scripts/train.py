@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -90,27 +89,14 @@ def run(config: TrainConfig) -> None:
 
         sweep(config)
         return
+    from tailcache.scripts.slow_products import warn_of_slow_products
     from tailcache.trainers.run import train
 
     settings = config.shared if isinstance(config, TrainCommand) else config
-    _warn_of_slow_products(settings)
+    warn_of_slow_products(settings.precision, settings.device)
     if settings.online is None:
         train(settings)
         return
     from tailcache.scripts.online_teacher import beside
 
     train(settings, live=beside(settings))
-
-
-def _warn_of_slow_products(settings: TrainConfig) -> None:
-    """Say what torch does not: that a processor takes many times as long in bfloat16 as in float32."""
-    import torch
-
-    from tailcache.pipeline.precision import is_slow
-
-    on_cpu = settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available())
-    if settings.precision == "bf16" and on_cpu and is_slow(torch.bfloat16, torch.device("cpu")):
-        logging.getLogger(__name__).warning(
-            "--precision bf16: this processor has no fast products in bfloat16 and will take many times as long as in "
-            "float32; leave the flag out, or use a GPU"
-        )

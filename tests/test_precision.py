@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,9 +17,13 @@ from tailcache.pipeline.capture import capture
 from tailcache.pipeline.load_teacher import load_teacher
 from tailcache.pipeline.precision import is_slow, native_dtype
 from tailcache.pipeline.repair import repair_cache
+from tailcache.scripts import evaluate as evaluate_module
+from tailcache.scripts import slow_products
 from tailcache.scripts import train as train_module
+from tailcache.storage.errors import TailcacheError
 from tailcache.storage.reader import open_cache
 from tailcache.trainers.config import TrainConfig
+from tailcache.trainers.evaluate_config import EvaluateConfig
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 V = 100
@@ -106,10 +109,21 @@ def test_repair_runs_the_teacher_in_the_dtype_it_was_captured_in(
 
 
 @pytest.mark.parametrize(("precision", "device", "spoken"), [("bf16", "cpu", True), ("fp32", "cpu", False)])
-def test_training_in_slow_products_is_spoken_of(
-    native: bool, caplog: pytest.LogCaptureFixture, precision: Any, device: Any, spoken: bool
+def test_slow_products_of_a_student_are_spoken_of(
+    native: bool, caplog: pytest.LogCaptureFixture, precision: str, device: str, spoken: bool
 ) -> None:
-    settings = TrainConfig(cache=Path("c"), teacher="t", out=Path("o"), precision=precision, device=device)
-    with caplog.at_level(logging.WARNING, logger=train_module.__name__):
-        train_module._warn_of_slow_products(settings)
+    with caplog.at_level(logging.WARNING, logger=slow_products.__name__):
+        slow_products.warn_of_slow_products(precision, device)
     assert ("--precision bf16" in caplog.text) is (spoken and not native)
+
+
+def test_train_and_evaluate_speak_of_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Before anything is read."""
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(slow_products, "warn_of_slow_products", lambda *settings: asked.append(settings))
+    cache = tmp_path / "none"
+    with pytest.raises(TailcacheError):
+        train_module.run(TrainConfig(cache=cache, teacher="t", out=tmp_path, precision="bf16", device="cpu"))
+    with pytest.raises(TailcacheError):
+        evaluate_module.run(EvaluateConfig(student="s", cache=cache, precision="bf16", device="auto"))
+    assert asked == [("bf16", "cpu"), ("bf16", "auto")]
