@@ -115,8 +115,6 @@ def test_what_does_not_pass_is_an_error_in_time(
 
 def test_errors_say_what_came_back(place: Place, faults: Faults, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TAILCACHE_RETRY_SECONDS", "0")
-    monkeypatch.setenv("TAILCACHE_TIMEOUT_SECONDS", "0.5")
-    once = open_place(s3_url)
     for kind, answer in (
         ("503", "503 Service Unavailable: SlowDown: as told"),
         ("500", "500 Internal Server Error: InternalError: as told"),
@@ -127,6 +125,9 @@ def test_errors_say_what_came_back(place: Place, faults: Faults, s3_url: str, mo
     ):
         faults.clear()
         faults.add(kind, times=None, seconds=1.0)
+        # A short limit only where it is to be reached: a busy machine reaches it too.
+        monkeypatch.setenv("TAILCACHE_TIMEOUT_SECONDS", "0.5" if kind == "stalled body" else "30")
+        once = open_place(s3_url)
         with pytest.raises(StorageError, match=f"reading failed, tried once; the answer was: .*{answer}"):
             once.read(NAME)
 
