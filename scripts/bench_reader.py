@@ -283,19 +283,19 @@ def bench(config: BenchReader) -> None:
             "parquet_numpy": lambda s: parquet_shuffled(parquet, batch_rows=BATCH_ROWS, seed=s, kind="numpy"),
             "parquet_arrow": lambda s: parquet_shuffled(parquet, batch_rows=BATCH_ROWS, seed=s, kind="arrow"),
         }
-        fastest = control_seconds()
         for way in ways.values():
             way(0)
         rates: dict[str, list[float]] = {name: [] for name in ways}
-        read, control = [], []
+        read, controls, beside = [], [], []
         for repeat in range(1, config.repeats + 1):
             for name, way in ways.items():
-                before, control_before = place.count.num_bytes, control_seconds()
+                before = place.count.num_bytes
+                controls.append(control_seconds())
                 rates[name].append(way(repeat))
                 if name == "shuffled":
                     read.append((place.count.num_bytes - before) / EPOCHS)
-                    control.append((control_before + control_seconds()) / 2)
-                fastest = min(fastest, control_before)
+                    controls.append(control_seconds())
+                    beside.append(statistics.mean(controls[-2:]))
         workers.close()
         rates["parquet"] = [max(pair) for pair in zip(rates["parquet_numpy"], rates["parquet_arrow"], strict=True)]
         copied = parquet_random(parquet, Path(folder) / "arrow", batch_rows=BATCH_ROWS, seed=1)
@@ -309,7 +309,7 @@ def bench(config: BenchReader) -> None:
         "num_samples": teacher.num_samples,
         "vocab_size": teacher.vocab_size,
         **{f"{name}_positions_per_s": spread(values) for name, values in rates.items()},
-        "control during shuffled / its fastest": spread([seconds / fastest for seconds in control]),
+        "control during shuffled / its fastest": spread([seconds / min(controls) for seconds in beside]),
         "compiled_loops": compiled.decode_loops(0) is not None,
         "shuffled / parquet": spread(over),
         "shuffled / single rows": spread([a / b for a, b in zip(rates["shuffled"], rates["single_rows"], strict=True)]),

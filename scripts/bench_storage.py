@@ -26,7 +26,7 @@ from tailcache.scripts.storage_schemes import Scheme, atoms_kl, other_schemes
 from tailcache.scripts.wide_teacher import VOCAB_SIZE, spread_tokens, train_wide
 from tailcache.storage.arrays import ArraySpec
 from tailcache.storage.classes import plan_classes
-from tailcache.storage.codec import Targets, codec_of, learn_constants, logprob_levels, sample_columns, scalar_steps
+from tailcache.storage.codec import Targets, codec_of, learn_constants, logprob_levels, sample_places, scalar_steps
 from tailcache.storage.fixed_point import float_of
 from tailcache.storage.layout import Layout
 
@@ -255,7 +255,7 @@ def _rejected(targets: Targets, counts: NDArray[np.int64]) -> dict[str, float]:
         kinds = [replace(specs[name], dtype="float32", shuffle=shuffle) for shuffle in ("shuffle", "bitshuffle")]
         found["scalars, float32 in the same steps"] += min(size(spec, values) for spec in kinds)
     if targets.num_samples:
-        own_order = encoded["tail_sample_codes"][:, np.argsort(sample_columns(targets.num_samples))]
+        own_order = encoded["tail_sample_codes"][:, sample_places(targets.num_samples)]
         found["draws, in their own order"] = size(specs["tail_sample_codes"], own_order)
     for chunk in (4096, 16_384):
         layout = _layout(targets, len(counts), budget, 2, chunk=chunk)

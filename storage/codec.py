@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,7 @@ __all__ = [
     "max_step",
     "round_mantissa",
     "sample_columns",
+    "sample_places",
     "scalar_steps",
     "vocabulary_order",
 ]
@@ -231,7 +232,7 @@ class Codec:
 
     def _decode_by_loops(self, loops: ModuleType, stored: Mapping[str, NDArray[Any] | Pieces], out: Targets) -> bool:
         """All but the optional fields, read where it lies; whether it is in its tables and ordinary."""
-        columns = np.argsort(sample_columns(out.num_samples))
+        columns = sample_places(out.num_samples)
         tables = (self._narrow_tokens, self._minus_levels, self._wide_weights, softplus_table(self._steps), columns)
         sizes = (len(self._order), *self._lists.shape)
         names = [name for name in _REQUIRED if name in stored]
@@ -335,7 +336,7 @@ class Codec:
 
     def _decode_samples(self, samples_Tm: NDArray[Any], out_Tm: NDArray[np.int32], where: str) -> None:
         (num, num_samples), kind = samples_Tm.shape, samples_Tm.dtype
-        places = np.argsort(sample_columns(num_samples))
+        places = sample_places(num_samples)
         ranks_mT = _buffer("by rank", (num_samples, num), kind, _PAD)
         ranks_mT[0] = samples_Tm[:, places[0]]
         for j in range(1, num_samples):
@@ -393,6 +394,14 @@ def sample_columns(num_samples: int) -> NDArray[np.intp]:
     """
     order = sorted(range(num_samples), key=lambda j: (-math.gcd(j, num_samples), j))
     return np.array(order, np.intp)
+
+
+@lru_cache(maxsize=16)
+def sample_places(num_samples: int) -> NDArray[np.intp]:
+    """[m] the column of each of the sorted draws' differences: the inverse of ``sample_columns``; not to be written."""
+    places = np.argsort(sample_columns(num_samples))
+    places.flags.writeable = False
+    return places
 
 
 def _buffer(name: str, shape: tuple[int, int], kind: np.dtype[Any], pad: int = 0) -> NDArray[Any]:

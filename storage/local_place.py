@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import stat
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 from tailcache.storage import durable
 from tailcache.storage.errors import CorruptError, StorageError
 from tailcache.storage.place import Claim, Place
+from tailcache.storage.ranges import cut_range, merge_ranges
 from tailcache.storage.slabs import empty
 
 __all__ = ["LocalPlace"]
@@ -81,15 +83,14 @@ class LocalPlace(Place):
             return file.read()
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes | memoryview]:
-        """Some byte ranges of a file."""
+        """Some byte ranges of a file: one call for what lies together."""
+        merged = merge_ranges(ranges, 0, sys.maxsize)
+        pieces = []
         with self._opened(name) as descriptor:
-            parts: list[memoryview] = []
-            for run in _runs(ranges):  # one call for what lies together
-                begin, end = run[0][0], run[-1][1]
-                memory = memoryview(empty((end - begin,), np.uint8).data)
-                found = memory[: os.preadv(descriptor, [memory], begin)]
-                parts.extend(found[first - begin : last - begin] for first, last in run)
-            return parts
+            for first, last in merged:
+                memory = memoryview(empty((last - first,), np.uint8).data)
+                pieces.append(memory[: os.preadv(descriptor, [memory], first)])
+        return [cut_range(merged, pieces, first, last) for first, last in ranges]
 
     def read_end(self, name: str, count: int) -> tuple[bytes, int]:
         """The last bytes of a file, and its size."""
@@ -175,17 +176,6 @@ class LocalPlace(Place):
             if same:
                 return _Lock(path, descriptor)
             os.close(descriptor)  # whoever had it deleted the file on releasing it: lock the new one
-
-
-def _runs(ranges: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    """The ranges in their order, those together where one begins at the end of the one before."""
-    runs: list[list[tuple[int, int]]] = []
-    for each in ranges:
-        if runs and runs[-1][-1][1] == each[0]:
-            runs[-1].append(each)
-        else:
-            runs.append([each])
-    return runs
 
 
 def _unless_gone(error: OSError) -> None:

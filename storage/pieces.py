@@ -80,8 +80,7 @@ def arrays_of(fields: Mapping[str, NDArray[Any] | Pieces]) -> dict[str, NDArray[
     apart = {name: values for name, values in fields.items() if isinstance(values, Pieces)}
     for name, pieces in apart.items():
         first = pieces.parts[0].values
-        by_column = first.ndim > 1 and first.flags.f_contiguous
-        arrays[name] = empty(pieces.shape, first.dtype, order="F" if by_column else "C")
+        arrays[name] = empty(pieces.shape, first.dtype, order="F" if _by_column(first) else "C")
     done = 0
     for parts in zip(*(pieces.parts for pieces in apart.values()), strict=True):
         part = slice(done, done := done + parts[0].span.total)
@@ -94,13 +93,17 @@ def _copy(parts: Sequence[Piece], outs: Sequence[NDArray[Any]]) -> None:
     span = parts[0].span
     loops = decode_loops(0)
     if loops is not None and all(part.values.flags.carray for part in parts):
-        widths = np.array([part.values[:1].nbytes if len(part.values) else 1 for part in parts])
+        widths = np.array([part.values[:1].nbytes for part in parts])
         sources = tuple(part.values.reshape(-1).view(np.uint8) for part in parts)
         targets = tuple(out.reshape(-1).view(np.uint8) for out in outs)
         loops.copy_rows(sources, span.starts, span.lengths, widths, targets)
         return
     for part, out in zip(parts, outs, strict=True):
-        by_column = part.values.ndim > 1 and part.values.flags.f_contiguous
+        by_column = _by_column(part.values)
         source, target = (part.values.T, out.T) if by_column else (part.values, out)
         if span.total:
             np.take(source, span.index, axis=int(by_column), out=target, mode="clip")
+
+
+def _by_column(values: NDArray[Any]) -> bool:
+    return values.ndim > 1 and values.flags.f_contiguous

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
+from typing import TypeVar
 
 __all__ = ["cut_range", "merge_ranges"]
+
+Data = TypeVar("Data", bytes, memoryview)
 
 
 def merge_ranges(ranges: Sequence[tuple[int, int]], gap: int, largest: int) -> list[tuple[int, int]]:
@@ -27,7 +31,7 @@ def merge_ranges(ranges: Sequence[tuple[int, int]], gap: int, largest: int) -> l
     return [(a, min(a + largest, last)) for first, last in merged for a in range(first, last, largest)]
 
 
-def cut_range(merged: Sequence[tuple[int, int]], pieces: Sequence[bytes], first: int, last: int) -> bytes:
+def cut_range(merged: Sequence[tuple[int, int]], pieces: Sequence[Data], first: int, last: int) -> bytes | Data:
     """One of the ranges that were merged.
 
     Args:
@@ -36,9 +40,10 @@ def cut_range(merged: Sequence[tuple[int, int]], pieces: Sequence[bytes], first:
       first: the first byte.
       last: one past the last.
     """
-    parts = [
-        data[max(0, first - a) : max(0, last - a)]
-        for (a, b), data in zip(merged, pieces, strict=True)
-        if a < last and b > first
-    ]
+    number = max(0, bisect.bisect_right(merged, first, key=lambda piece: piece[0]) - 1)
+    parts = []
+    while number < len(merged) and merged[number][0] < last:
+        begin = merged[number][0]
+        parts.append(pieces[number][max(0, first - begin) : max(0, last - begin)])
+        number += 1
     return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -36,8 +36,8 @@ def test_joined(switch: str, parts: list[list[tuple[int, int]]], columns: int, b
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(SWITCH, switch)
         made = Pieces(tuple(cut(values, rows) for values, rows in zip(laid, parts, strict=True)))
+        found = arrays_of({"a": made})["a"]
     expected = [values[a : a + n] for values, rows in zip(arrays, parts, strict=True) for a, n in rows]
-    found = arrays_of({"a": made})["a"]
     assert (found == np.concatenate(expected)).all()
     assert found.shape == made.shape
     assert found.flags.f_contiguous if by_column and columns else found.flags.c_contiguous
