@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from tailcache.storage.arrays import ArraySpec, checksum_ranges, seal_of
 from tailcache.storage.chunk_bounds import ABSENT, CHECKSUM_BYTES, blosc_problem, parse_index
 from tailcache.storage.compiled import decode_loops
-from tailcache.storage.errors import CorruptError, StorageError
+from tailcache.storage.errors import ConfigError, CorruptError, StorageError
 from tailcache.storage.limits import chunk_bytes
 from tailcache.storage.place import Place
 from tailcache.storage.rust_codecs import read_chunks, use_rust
@@ -130,7 +130,7 @@ def read_object(
                 blosc.decompress(payload, part)
             else:
                 _copy(_decode_chunk(payload, spec)[low - start : high - start], part, loops)
-    except StorageError:
+    except (ConfigError, StorageError):  # neither is damage
         raise
     except (OSError, ValueError, RuntimeError, OverflowError, IndexError) as error:
         raise CorruptError(

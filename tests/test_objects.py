@@ -9,9 +9,10 @@ from storage_fixtures import make_corpus, make_exact
 
 from tailcache.storage.arrays import open_array, read_slice
 from tailcache.storage.compiled import SWITCH
-from tailcache.storage.errors import CorruptError
+from tailcache.storage.errors import ConfigError, CorruptError
 from tailcache.storage.local_place import LocalPlace
 from tailcache.storage.objects import read_object
+from tailcache.storage.rust_codecs import SWITCH as RUST_SWITCH
 
 
 @pytest.mark.parametrize("loops", ["never", "always"])
@@ -46,6 +47,16 @@ def test_equals_zarr(
                     assert fast.shape == slow[first:last].shape
                     np.testing.assert_array_equal(fast, slow[first:last])
                     assert fast.flags.c_contiguous or (loops == "never" and fast.flags.f_contiguous)
+
+
+@pytest.mark.parametrize("switch", [SWITCH, RUST_SWITCH])
+def test_a_wrong_setting_is_not_taken_for_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, switch: str) -> None:
+    exact = make_exact(make_corpus(tmp_path), chunk=4)
+    exact.write("t")
+    spec = exact.layout.fields()["logprob_gaps"]
+    monkeypatch.setenv(switch, "sometimes")
+    with pytest.raises(ConfigError, match=f"^{switch}: expected auto, always or never, found 'sometimes'"):
+        read_object(LocalPlace(tmp_path / "teachers" / "t"), spec.object_path(0), spec, 0, 4, "here")
 
 
 @pytest.mark.slow
