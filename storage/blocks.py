@@ -5,7 +5,7 @@ Legend: R rows, N tokens, T target positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tailcache.storage.codec import Targets
 from tailcache.storage.corpus import Rows
 from tailcache.storage.errors import MismatchError
-from tailcache.storage.pieces import Piece, Pieces, Span, arrays_of
+from tailcache.storage.pieces import Fields, Piece, Span, arrays_of
 from tailcache.storage.shares import Stage
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ Stored = dict[str, NDArray[Any]]
 """The stored fields of some target positions, by name: what ``Teacher.decode`` decodes."""
 
 
-Decode = Callable[[Mapping[str, NDArray[Any] | Pieces], NDArray[np.int64]], Targets]
+Decode = Callable[[Fields | Sequence[Piece], NDArray[np.int64]], Targets]
 """``Teacher.decode``: stored fields, and the corpus rows that they are of."""
 
 
@@ -101,7 +101,9 @@ def read_block(
         first, last = int(run[0]), int(run[-1]) + 1
         read = teacher.corpus.rows(first, last)
         stored = teacher.stored(first, last, optional=optional) if targets else {}
-        offsets = np.concatenate([[0], np.cumsum(read.supervised)])[read.offsets].astype(np.int64)
+        sums = np.zeros(len(read.supervised) + 1, np.int64)
+        np.cumsum(read.supervised, out=sums[1:])
+        offsets = sums[read.offsets]
         found = len(stored["tail_entropy"]) if targets else offsets[-1]
         if found != offsets[-1]:
             raise MismatchError(
@@ -111,8 +113,9 @@ def read_block(
         parts.append(Block(rows=read, stored=stored, target_offsets=offsets, chosen=run - first))
     if len(parts) == 1:
         return parts[0]
-    joined, pieces, target_offsets = _join([(part, part.chosen) for part in parts])
-    return Block(rows=joined, stored=arrays_of(pieces), target_offsets=target_offsets, chosen=np.arange(len(joined)))
+    joined, pieces, target_offsets = _join(parts, [part.chosen for part in parts])
+    together = arrays_of(pieces, parts[0].stored)
+    return Block(rows=joined, stored=together, target_offsets=target_offsets, chosen=np.arange(len(joined)))
 
 
 def gather(
@@ -129,47 +132,56 @@ def gather(
       places: [R] which row of its block.
       decode: ``Teacher.decode``.
     """
-    runs = np.split(np.arange(len(visits)), np.flatnonzero(np.diff(visits)) + 1)
-    blocks = [held[int(visits[run[0]])] for run in runs]
-    pairs = [(block, block.chosen[places[run]]) for block, run in zip(blocks, runs, strict=True)]
-    rows, stored, target_offsets = _join(pairs)
-    targets = decode(stored, rows.row_indices) if stored else Targets.unread(int(target_offsets[-1]))
+    blocks, chosen, first = [], [], 0
+    for last in [*(np.flatnonzero(np.diff(visits)) + 1).tolist(), len(visits)]:
+        block = held[int(visits[first])]
+        blocks.append(block)
+        chosen.append(block.chosen[places[first:last]])
+        first = last
+    rows, pieces, target_offsets = _join(blocks, chosen)
+    targets = decode(pieces, rows.row_indices) if pieces[0].fields else Targets.unread(int(target_offsets[-1]))
     return TargetRows(rows=rows, targets=targets, target_offsets=target_offsets)
 
 
-def _join(pairs: list[tuple[Block, NDArray[np.int64]]]) -> tuple[Rows, dict[str, Pieces], NDArray[np.int64]]:
+def _join(blocks: list[Block], chosen: list[NDArray[np.int64]]) -> tuple[Rows, list[Piece], NDArray[np.int64]]:
     """Some rows of each block, by their indices in it, after one another; of their targets no copy is made."""
-    of_tokens, offsets = _spans([(block.rows.offsets, places) for block, places in pairs])
-    of_targets, target_offsets = _spans([(block.target_offsets, places) for block, places in pairs])
-
-    def by_row(of: Callable[[Rows], NDArray[Any]]) -> NDArray[Any]:
-        return np.concatenate([of(block.rows)[places] for block, places in pairs])
-
-    def pieces(spans: list[Span], values: list[NDArray[Any]]) -> Pieces:
-        return Pieces(tuple(map(Piece, values, spans)))
-
-    by_token = {
-        name: pieces(of_tokens, [getattr(block.rows, name) for block, _ in pairs])
-        for name in ("tokens", "document_start", "supervised")
-    }
+    counts = [len(places) for places in chosen]
+    sizes = np.array([len(block.rows) for block in blocks])
+    wanted = np.concatenate(chosen) + np.repeat(np.cumsum(sizes) - sizes, counts)  # among the rows of all blocks
+    entries = wanted + np.repeat(np.arange(len(blocks)), counts)  # among their offsets, of which each has one more
+    of_tokens, offsets = _spans([block.rows.offsets for block in blocks], entries, counts)
+    of_targets, target_offsets = _spans([block.target_offsets for block in blocks], entries, counts)
+    by_token = [Piece(vars(block.rows), span) for block, span in zip(blocks, of_tokens, strict=True)]
     rows = Rows(
-        row_indices=by_row(lambda rows: rows.row_indices),
+        row_indices=np.concatenate([block.rows.row_indices for block in blocks])[wanted],
         offsets=offsets,
-        held_out=by_row(lambda rows: rows.held_out),
-        **arrays_of(by_token),
+        held_out=np.concatenate([block.rows.held_out for block in blocks])[wanted],
+        **arrays_of(by_token, ("tokens", "document_start", "supervised")),
     )
-    stored = {name: pieces(of_targets, [block.stored[name] for block, _ in pairs]) for name in pairs[0][0].stored}
-    return rows, stored, target_offsets
+    return rows, [Piece(block.stored, span) for block, span in zip(blocks, of_targets, strict=True)], target_offsets
 
 
-def _spans(chosen: list[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> tuple[list[Span], NDArray[np.int64]]:
-    """Where the elements of some rows of each block lie, and [R + 1] where they begin once laid after one another."""
-    spans = []
-    for offsets, places in chosen:
-        starts = offsets[places]
-        spans.append(Span(starts, offsets[places + 1] - starts))
-    ends = np.cumsum(np.concatenate([span.lengths for span in spans]))
-    return spans, np.concatenate([[0], ends]).astype(np.int64)
+def _spans(
+    offsets: list[NDArray[np.int64]], entries: NDArray[np.int64], counts: list[int]
+) -> tuple[list[Span], NDArray[np.int64]]:
+    """Where the elements of some rows of each block lie, and [R + 1] where they begin once laid after one another.
+
+    Args:
+      offsets: of each block, where its rows begin, and where the last one ends.
+      entries: [R] of the rows among these, all blocks after one another.
+      counts: how many of the rows are of each block.
+    """
+    together = np.concatenate(offsets)
+    starts = together[entries]
+    lengths = together[entries + 1] - starts
+    begins = np.zeros(len(entries) + 1, np.int64)
+    np.cumsum(lengths, out=begins[1:])
+    spans, first = [], 0
+    for count in counts:
+        last = first + count
+        spans.append(Span(starts[first:last], lengths[first:last], int(begins[last] - begins[first])))
+        first = last
+    return spans, begins
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -50,7 +50,7 @@ from tailcache.storage.levels import (
     vocabulary_order,
 )
 from tailcache.storage.logarithm import natural_log
-from tailcache.storage.pieces import Pieces, arrays_of, pieces_of
+from tailcache.storage.pieces import Fields, Piece, arrays_of, pieces_of
 from tailcache.storage.slabs import empty
 
 if TYPE_CHECKING:
@@ -82,10 +82,7 @@ _WIDE = ("token_codes", "logprob_gaps", "tail_sample_codes")
 _LOGITS = ("tail_logit", "tail_entropy", "target_logit")
 _REQUIRED = (*_WIDE, "position_class", *_LOGITS)
 """All but the optional ones; without draws or classes, theirs are not there."""
-_ABSENT: dict[str, NDArray[Any]] = {
-    "tail_sample_codes": np.empty((0, 0), np.uint16),
-    "position_class": np.empty(0, np.uint8),
-}
+_NO_SAMPLES, _NO_CLASSES = np.empty((0, 0), np.uint16), np.empty(0, np.uint8)
 _PAD = 16
 """Rows that are a power of two apart in memory compete for the same lines of the processor's cache, and transposing
 them takes nine times as long."""
@@ -201,7 +198,7 @@ class Codec:
 
     # -- decoding ----------------------------------------------------------------------------------------------
 
-    def decode(self, stored: Mapping[str, NDArray[Any] | Pieces], where: str = "targets") -> Targets:
+    def decode(self, stored: Fields | Sequence[Piece], where: str = "targets") -> Targets:
         """The inverse of ``encode``, to its resolution; optional fields that are not given come back empty.
 
         Args:
@@ -213,48 +210,48 @@ class Codec:
 
         Cost: nothing is done for one position at a time; ``bench_storage`` measures it.
         """
-        num, top_k = stored["token_codes"].shape
-        num_samples = stored["tail_sample_codes"].shape[1] if "tail_sample_codes" in stored else 0
-        optional: dict[str, Any] = arrays_of(
-            {name: stored[name] for name in (*OPTIONAL, "hidden_scale") if name in stored}
-        )
+        pieces = pieces_of(stored)
+        fields, num = pieces[0].fields, sum(piece.span.total for piece in pieces)
+        num_samples = fields["tail_sample_codes"].shape[1] if "tail_sample_codes" in fields else 0
+        optional: dict[str, Any] = arrays_of(stored, (*OPTIONAL, "hidden_scale"))
         out = Targets(
-            token_ids=empty((num, top_k), np.int32),
-            logprobs=empty((num, top_k), np.float32),
+            token_ids=empty((num, fields["token_codes"].shape[1]), np.int32),
+            logprobs=empty((num, fields["token_codes"].shape[1]), np.float32),
             tail_samples=empty((num, num_samples), np.int32),
             **{name: empty((num,), np.float32) for name in SCALARS},
             **optional,
         )
         loops = decode_loops(num)
-        if loops is None or not self._decode_by_loops(loops, stored, out):
+        if loops is None or not self._decode_by_loops(loops, pieces, out):
             self._decode_by_arrays(stored, out, where)  # what the loops find wrong is found here again, and said
         return out
 
-    def _decode_by_loops(self, loops: ModuleType, stored: Mapping[str, NDArray[Any] | Pieces], out: Targets) -> bool:
+    def _decode_by_loops(self, loops: ModuleType, pieces: Sequence[Piece], out: Targets) -> bool:
         """All but the optional fields, read where it lies; whether it is in its tables and ordinary."""
         columns = sample_places(out.num_samples)
         tables = (self._narrow_tokens, self._minus_levels, self._wide_weights, softplus_table(self._steps), columns)
         sizes = (len(self._order), *self._lists.shape)
-        names = [name for name in _REQUIRED if name in stored]
+        out_wide = (out.token_ids, out.logprobs, out.tail_samples)
+        out_scalars = (out.log_tail, out.tail_entropy, out.log_target, out.log_not_target)
+        names = [name for name in _REQUIRED if name in pieces[0].fields]
         done, right = 0, True
-        for pieces in zip(*(pieces_of(stored[name]).parts for name in names), strict=True):
-            values = _ABSENT | {name: piece.values for name, piece in zip(names, pieces, strict=True)}
-            codes, gaps, differences = (values[name] for name in _WIDE)
-            if codes.shape != gaps.shape or len({len(piece.values) for piece in pieces}) > 1:
+        for piece in pieces:
+            fields, span = piece.fields, piece.span
+            codes, gaps = fields["token_codes"], fields["logprob_gaps"]
+            if codes.shape != gaps.shape or any(len(fields[name]) != len(codes) for name in names):
                 return False  # which the loops do not look at
-            span = pieces[0].span
-            part = slice(done, done := done + span.total)
             right &= loops.decode_rows(
-                (codes, gaps, differences), values["position_class"], tuple(values[name] for name in _LOGITS),
-                span.starts, span.lengths, tables, sizes, 1 / self._steps,
-                (out.token_ids[part], out.logprobs[part], out.tail_samples[part]),
-                tuple(getattr(out, name)[part] for name in SCALARS),
+                (codes, gaps, fields.get("tail_sample_codes", _NO_SAMPLES)),
+                fields.get("position_class", _NO_CLASSES),
+                (fields["tail_logit"], fields["tail_entropy"], fields["target_logit"]),
+                span.starts, span.lengths, tables, sizes, 1 / self._steps, out_wide, out_scalars, done,
             )  # fmt: skip
+            done += span.total
         return right
 
-    def _decode_by_arrays(self, stored: Mapping[str, NDArray[Any] | Pieces], out: Targets, where: str) -> None:
+    def _decode_by_arrays(self, stored: Fields | Sequence[Piece], out: Targets, where: str) -> None:
         """The same by array operations, what is wide some positions at a time."""
-        given = arrays_of({name: stored[name] for name in _REQUIRED if name in stored})
+        given = arrays_of(stored, _REQUIRED)
         tail_logit, entropy, target_logit = (float_of(given[name], self._steps, f"{where}, {name}") for name in _LOGITS)
         out.log_tail[:], log_head_T = logs_of(given["tail_logit"], tail_logit, self._steps)
         out.tail_entropy[:] = entropy

@@ -10,7 +10,7 @@ Legend: T positions, K kept tokens, m samples, V vocabulary, n further temperatu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tailcache.storage.errors import CorruptError
 from tailcache.storage.fields import OPTIONAL, SCALARS, Targets, check_targets
 from tailcache.storage.levels import round_mantissa
-from tailcache.storage.pieces import Pieces, arrays_of
+from tailcache.storage.pieces import Fields, Piece, arrays_of, pieces_of
 
 __all__ = ["CodecV1", "encode_optional"]
 
@@ -99,13 +99,13 @@ class CodecV1:
             encoded["tail_sample_codes"] = np.diff(samples, axis=1, prepend=0).astype(self.id_type)
         return encoded | encode_optional(targets)
 
-    def decode(self, held: Mapping[str, NDArray[Any] | Pieces], where: str = "targets") -> Targets:
+    def decode(self, held: Fields | Sequence[Piece], where: str = "targets") -> Targets:
         """The inverse of ``encode``, to its resolution; optional fields that are not given come back empty.
 
         Raises:
           CorruptError: a code lies outside its table (the checksums matched, so it was written so).
         """
-        stored = arrays_of(held)
+        stored = arrays_of(held, pieces_of(held)[0].fields)
         scalars: dict[str, Any] = {name: stored[name].astype(np.float32, copy=False) for name in SCALARS}
         num, top_k = stored["token_codes"].shape
         samples = stored.get("tail_sample_codes")

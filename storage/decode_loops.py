@@ -82,6 +82,7 @@ def copy_rows(
     lengths_R: NDArray[np.int64],
     widths: NDArray[np.int64],
     out: tuple[NDArray[np.uint8], ...],
+    begin: int,
 ) -> None:
     """Copy the rows of some arrays, one after another.
 
@@ -91,9 +92,10 @@ def copy_rows(
       lengths_R: elements of each row.
       widths: bytes of an element of each array.
       out: the bytes of each result.
+      begin: elements of these that are there already.
     """
     for i in range(len(arrays)):
-        done = 0
+        done = begin * widths[i]
         for row in range(len(starts_R)):
             first, length = starts_R[row] * widths[i], lengths_R[row] * widths[i]
             out[i][done : done + length] = arrays[i][first : first + length]
@@ -265,6 +267,7 @@ def decode_rows(
     steps: float,
     out_wide: tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]],
     out_scalars: tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]],
+    done: int,
 ) -> bool:
     """All that ``Codec.decode`` makes of some rows of an array of stored fields; one call, so one wait for Python.
 
@@ -274,13 +277,14 @@ def decode_rows(
       classes_N: unsigned; not looked at where there is one class.
       scalars: codes [N] of the tail's logit, the tail's entropy and the target's logit.
       starts_R: where each row begins in these.
-      lengths_R: positions of each row; T is their sum.
+      lengths_R: positions of each row.
       tables: tokens [V + C M] of each rank and of each class' list; minus the levels [L], nats; their exponentials, as
         float32 has them; log(1 + exp(-x)) for the scalars' codes; [m] where each of the differences stands.
       sizes: V, C and M.
       steps: a scalar's step, nats.
       out_wide: ids [T, K], log-probs [T, K] (nats) and the draws' ids [T, m].
       out_scalars: [T] each, nats: log tail, the tail's entropy, log p and log(1 - p) of the target.
+      done: positions of these that are there already.
 
     Returns:
       Whether all numbers are in their tables, and no scalar is huge; if not, the results are of no use.
@@ -293,7 +297,7 @@ def decode_rows(
         longest = max(longest, lengths_R[row])
     log_head = np.empty(longest, np.float32)
     codes_K = np.empty(codes_NK.shape[1], np.int64)
-    right, done = True, 0
+    right = True
     for row in range(len(starts_R)):
         begin, num = starts_R[row], lengths_R[row]
         log_head_t = log_head[:num]

@@ -45,20 +45,17 @@ class LocalPlace(Place):
         """The folder."""
         return self._folder
 
-    @contextlib.contextmanager
-    def _opened(self, name: str) -> Iterator[int]:
-        """A descriptor for reading; only of a file: a pipe would never end, nor would a device."""
-        path = self._folder / name
-        with durable.named(path, "reading", may_miss=True):
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            try:
-                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                    raise CorruptError(
-                        f"{path}: expected a file, found a folder, device or pipe; restore it from a copy"
-                    )
-                yield descriptor
-            finally:
-                os.close(descriptor)
+    def _reading(self, name: str) -> durable.named:
+        return durable.named(f"{self._folder}/{name}", "reading", may_miss=True)
+
+    def _opened(self, name: str) -> int:
+        """A descriptor for reading, to be closed; only of a file: a pipe would never end, nor would a device."""
+        path = f"{self._folder}/{name}"
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+        raise CorruptError(f"{path}: expected a file, found a folder, device or pipe; restore it from a copy")
 
     def _own(self, name: str) -> Path:
         """A path that is to be written or deleted; it has to lie in this folder by itself, not by way of a link.
@@ -79,24 +76,28 @@ class LocalPlace(Place):
 
     def read(self, name: str) -> bytes:
         """A whole file."""
-        with self._opened(name) as descriptor, open(descriptor, "rb", closefd=False) as file:
+        with self._reading(name), open(self._opened(name), "rb") as file:
             return file.read()
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes | memoryview]:
         """Some byte ranges of a file: one call for what lies together."""
         merged = merge_ranges(ranges, 0, sys.maxsize)
         pieces = []
-        with self._opened(name) as descriptor:
-            for first, last in merged:
-                memory = memoryview(empty((last - first,), np.uint8).data)
-                pieces.append(memory[: os.preadv(descriptor, [memory], first)])
+        with self._reading(name):
+            descriptor = self._opened(name)
+            try:
+                for first, last in merged:
+                    memory = memoryview(empty((last - first,), np.uint8).data)
+                    pieces.append(memory[: os.preadv(descriptor, [memory], first)])
+            finally:
+                os.close(descriptor)
         return [cut_range(merged, pieces, first, last) for first, last in ranges]
 
     def read_end(self, name: str, count: int) -> tuple[bytes, int]:
         """The last bytes of a file, and its size."""
-        with self._opened(name) as descriptor:
-            size = os.fstat(descriptor).st_size
-            return os.pread(descriptor, count, max(0, size - count)), size
+        with self._reading(name), open(self._opened(name), "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            return os.pread(file.fileno(), count, max(0, size - count)), size
 
     def size(self, name: str) -> int | None:
         """Bytes of a file."""

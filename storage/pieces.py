@@ -5,7 +5,7 @@ Legend: R rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,23 +15,25 @@ from numpy.typing import NDArray
 from tailcache.storage.compiled import decode_loops
 from tailcache.storage.slabs import empty
 
-__all__ = ["Piece", "Pieces", "Span", "arrays_of", "pieces_of"]
+__all__ = ["Fields", "Piece", "Span", "arrays_of", "pieces_of"]
+
+Fields = Mapping[str, NDArray[Any]]
+"""Arrays by name that have one leading axis."""
 
 
 class Span:
     """Where some rows lie in an array.
 
     Attributes:
-      starts: [R] where each row begins.
-      lengths: [R] elements of each.
+      starts: [R] int64, where each row begins.
+      lengths: [R] int64, elements of each.
       total: elements of all of them.
     """
 
     __slots__ = ("_index", "lengths", "starts", "total")
 
-    def __init__(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
-        self.starts, self.lengths = starts, lengths
-        self.total = int(lengths.sum())
+    def __init__(self, starts: NDArray[np.int64], lengths: NDArray[np.int64], total: int) -> None:
+        self.starts, self.lengths, self.total = starts, lengths, total
         self._index: NDArray[np.int64] | None = None
 
     @property
@@ -44,65 +46,66 @@ class Span:
         return self._index
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Piece:
-    """Some rows of one array."""
+    """Some rows of arrays."""
 
-    values: NDArray[Any]
-    """[n] or [n, columns]; what was stored by columns may lie so."""
+    fields: Fields
+    """[n] or [n, columns] each; what was stored by columns may lie so."""
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
-class Pieces:
-    """The rows of all pieces, one after another."""
-
-    parts: tuple[Piece, ...]
-    """At least one."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the array that they make up."""
-        return (sum(part.span.total for part in self.parts), *self.parts[0].values.shape[1:])
+def pieces_of(stored: Fields | Sequence[Piece]) -> Sequence[Piece]:
+    """Arrays as the only piece, which has as many elements as the longest of them; else what was given."""
+    if not isinstance(stored, Mapping):
+        return stored
+    num = max(map(len, stored.values()), default=0)
+    return [Piece(stored, Span(np.zeros(1, np.int64), np.array([num], np.int64), num))]
 
 
-def pieces_of(values: NDArray[Any] | Pieces) -> Pieces:
-    """An array as the only piece."""
-    if isinstance(values, Pieces):
-        return values
-    whole = Span(np.zeros(1, np.int64), np.array([len(values)], np.int64))
-    return Pieces((Piece(values, whole),))
+def arrays_of(stored: Fields | Sequence[Piece], names: Collection[str]) -> dict[str, NDArray[Any]]:
+    """Those of some fields that are there, as arrays laid out as they are; of pieces, one copy.
 
-
-def arrays_of(fields: Mapping[str, NDArray[Any] | Pieces]) -> dict[str, NDArray[Any]]:
-    """All fields as arrays, laid out as they are; one copy of those that are pieces, whose spans must be the same."""
-    arrays = {name: values for name, values in fields.items() if not isinstance(values, Pieces)}
-    apart = {name: values for name, values in fields.items() if isinstance(values, Pieces)}
-    for name, pieces in apart.items():
-        first = pieces.parts[0].values
-        arrays[name] = empty(pieces.shape, first.dtype, order="F" if _by_column(first) else "C")
-    done = 0
-    for parts in zip(*(pieces.parts for pieces in apart.values()), strict=True):
-        part = slice(done, done := done + parts[0].span.total)
-        _copy(parts, [arrays[name][part] for name in apart])
+    Args:
+      stored: arrays, or at least one piece of them.
+      names: of the fields.
+    """
+    if isinstance(stored, Mapping):
+        return {name: stored[name] for name in names if name in stored}
+    first = stored[0].fields
+    names = [name for name in names if name in first]
+    if not names:
+        return {}
+    total = sum(piece.span.total for piece in stored)
+    arrays = {}
+    for name in names:
+        values = first[name]
+        arrays[name] = empty((total, *values.shape[1:]), values.dtype, order="F" if _by_column(values) else "C")
+    loops = decode_loops(0)
+    if loops is not None and all(piece.fields[name].flags.c_contiguous for piece in stored for name in names):
+        widths = np.array([values[:1].nbytes for values in arrays.values()])
+        outs = tuple(map(_bytes_of, arrays.values()))
+        done = 0
+        for piece in stored:
+            sources = tuple(_bytes_of(piece.fields[name]) for name in names)
+            loops.copy_rows(sources, piece.span.starts, piece.span.lengths, widths, outs, done)
+            done += piece.span.total
+        return arrays
+    for name, out in arrays.items():
+        done = 0
+        by_column = _by_column(out)
+        for piece in stored:
+            source, target = piece.fields[name], out[done : done + piece.span.total]
+            if by_column:
+                source, target = source.T, target.T
+            if piece.span.total:
+                np.take(source, piece.span.index, axis=int(by_column), out=target, mode="clip")
+            done += piece.span.total
     return arrays
 
 
-def _copy(parts: Sequence[Piece], outs: Sequence[NDArray[Any]]) -> None:
-    """The rows of some arrays after one another, each into one laid out like it, by rows or by columns."""
-    span = parts[0].span
-    loops = decode_loops(0)
-    if loops is not None and all(part.values.flags.carray for part in parts):
-        widths = np.array([part.values[:1].nbytes for part in parts])
-        sources = tuple(part.values.reshape(-1).view(np.uint8) for part in parts)
-        targets = tuple(out.reshape(-1).view(np.uint8) for out in outs)
-        loops.copy_rows(sources, span.starts, span.lengths, widths, targets)
-        return
-    for part, out in zip(parts, outs, strict=True):
-        by_column = _by_column(part.values)
-        source, target = (part.values.T, out.T) if by_column else (part.values, out)
-        if span.total:
-            np.take(source, span.index, axis=int(by_column), out=target, mode="clip")
+def _bytes_of(values: NDArray[Any]) -> NDArray[np.uint8]:
+    return (values if values.ndim == 1 else values.reshape(-1)).view(np.uint8)
 
 
 def _by_column(values: NDArray[Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -40,7 +41,7 @@ def cut_range(merged: Sequence[tuple[int, int]], pieces: Sequence[Data], first: 
       first: the first byte.
       last: one past the last.
     """
-    number = max(0, bisect.bisect_right(merged, first, key=lambda piece: piece[0]) - 1)
+    number = max(0, bisect.bisect_right(merged, (first, math.inf)) - 1)
     parts = []
     while number < len(merged) and merged[number][0] < last:
         begin = merged[number][0]

@@ -9,7 +9,7 @@ field; it is never read as zeros.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -26,7 +26,7 @@ from tailcache.storage.hidden import StoredHead
 from tailcache.storage.layout import check_name, commit_path
 from tailcache.storage.limits import MAX_ARRAY_METADATA, MAX_COMMIT, MAX_MANIFEST, largest_object
 from tailcache.storage.objects import ChunkTable, read_array, read_index, read_object
-from tailcache.storage.pieces import Pieces
+from tailcache.storage.pieces import Fields, Piece
 from tailcache.storage.place import Location, Place, open_place
 from tailcache.storage.prefix import prefix_hash, prefix_mean_tail, prefix_shards, wait_until_finished
 from tailcache.storage.recent import Recent
@@ -386,7 +386,7 @@ class Teacher:
             return parts[0]
         return {name: _concatenate([part[name] for part in parts]) for name in names}
 
-    def decode(self, stored: Mapping[str, NDArray[Any] | Pieces], rows: NDArray[np.int64] | None = None) -> Targets:
+    def decode(self, stored: Fields | Sequence[Piece], rows: NDArray[np.int64] | None = None) -> Targets:
         """Decode positions that ``stored`` gave, any of them in any order.
 
         Args:

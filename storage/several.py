@@ -19,7 +19,7 @@ from tailcache.storage.blocks import Stored
 from tailcache.storage.errors import ConfigError, MismatchError
 from tailcache.storage.fields import Targets
 from tailcache.storage.hidden import StoredHead
-from tailcache.storage.pieces import Pieces
+from tailcache.storage.pieces import Fields, Piece
 from tailcache.storage.reader import Cache, Teacher, open_cache
 
 __all__ = [
@@ -162,11 +162,15 @@ class Teachers:
             )
         return {field_name(i, name): values for i, part in enumerate(parts) for name, values in part.items()}
 
-    def decode(
-        self, stored: Mapping[str, NDArray[Any] | Pieces], rows: NDArray[np.int64] | None = None
-    ) -> SeveralTargets:
+    def decode(self, stored: Fields | Sequence[Piece], rows: NDArray[np.int64] | None = None) -> SeveralTargets:
         """Decode positions that ``stored`` gave; see ``Teacher.decode``."""
-        return SeveralTargets.beside([each.decode(fields_of(stored, i), rows) for i, each in enumerate(self.teachers)])
+        parts = []
+        for i, each in enumerate(self.teachers):
+            if isinstance(stored, Mapping):
+                parts.append(each.decode(fields_of(stored, i), rows))
+            else:
+                parts.append(each.decode([Piece(fields_of(piece.fields, i), piece.span) for piece in stored], rows))
+        return SeveralTargets.beside(parts)
 
 
 AnyTeacher = Teacher | Teachers

@@ -10,7 +10,8 @@ An array from here is an ordinary one: its memory is kept again when it, and all
 from __future__ import annotations
 
 import mmap
-import weakref
+import sys
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -32,6 +33,13 @@ _asked: dict[int, None] = {}
 class _Lease(np.ndarray[Any, Any]):
     """Stands between an array and its memory and dies with the last view: NumPy does not look through another type."""
 
+    __slots__ = ("memory",)
+    memory: mmap.mmap
+
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not ending():
+            _keep(self.memory)
+
 
 def empty(shape: tuple[int, ...], dtype: DTypeLike, order: Literal["C", "F"] = "C") -> NDArray[Any]:
     """Like ``numpy.empty``; for any number of threads."""
@@ -47,7 +55,7 @@ def empty(shape: tuple[int, ...], dtype: DTypeLike, order: Literal["C", "F"] = "
     _asked[rounded] = None
     memory = _taken(rounded) or mmap.mmap(-1, rounded, **_PRIVATE)
     lease = _Lease((size,), np.uint8, memory)
-    weakref.finalize(lease, _keep, memory, rounded).atexit = False
+    lease.memory = memory
     return np.ndarray(shape, kind, lease, order=order)
 
 
@@ -61,8 +69,9 @@ def _taken(size: int) -> mmap.mmap | None:
     return memory
 
 
-def _keep(memory: mmap.mmap, size: int) -> None:
+def _keep(memory: mmap.mmap) -> None:
     """Keep memory that is free, rather than that of sizes nobody has asked for longer."""
+    size = len(memory)
     # No lock, which a fork could leave locked; to be off by a few is no harm.
     if _num_kept[0] + size > _LIMIT:
         for other in list(_asked):

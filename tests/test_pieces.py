@@ -13,12 +13,12 @@ from test_decode_loops import bits, codec_of, stored_of
 
 from tailcache.storage.compiled import SWITCH
 from tailcache.storage.errors import CorruptError
-from tailcache.storage.pieces import Piece, Pieces, Span, arrays_of, pieces_of
+from tailcache.storage.pieces import Piece, Span, arrays_of, pieces_of
 
 
-def cut(values: NDArray[Any], rows: list[tuple[int, int]]) -> Piece:
+def cut(fields: dict[str, NDArray[Any]], rows: list[tuple[int, int]]) -> Piece:
     starts, lengths = np.array(rows, np.int64).reshape(-1, 2).T
-    return Piece(values, Span(starts.copy(), lengths.copy()))
+    return Piece(fields, Span(starts.copy(), lengths.copy(), int(lengths.sum())))
 
 
 ROWS = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 10)), min_size=1, max_size=6)
@@ -35,20 +35,25 @@ def test_joined(switch: str, parts: list[list[tuple[int, int]]], columns: int, b
     laid = [np.asfortranarray(each) if by_column else each for each in arrays]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(SWITCH, switch)
-        made = Pieces(tuple(cut(values, rows) for values, rows in zip(laid, parts, strict=True)))
-        found = arrays_of({"a": made})["a"]
+        made = [cut({"a": values, "b": values * 2}, rows) for values, rows in zip(laid, parts, strict=True)]
+        found = arrays_of(made, ["a", "b", "c"])
     expected = [values[a : a + n] for values, rows in zip(arrays, parts, strict=True) for a, n in rows]
-    assert (found == np.concatenate(expected)).all()
-    assert found.shape == made.shape
-    assert found.flags.f_contiguous if by_column and columns else found.flags.c_contiguous
+    assert list(found) == ["a", "b"]
+    assert (found["a"] == np.concatenate(expected)).all()
+    assert (found["b"] == 2 * found["a"]).all()
+    assert all(each.flags.f_contiguous if by_column and columns else each.flags.c_contiguous for each in found.values())
 
 
-def test_an_array_is_its_only_piece() -> None:
+def test_arrays_are_the_only_piece() -> None:
     values = np.arange(12).reshape(4, 3)
-    assert (arrays_of({"a": pieces_of(values)})["a"] == values).all()
-    whole = pieces_of(values)
+    fields = {"a": values, "b": values[:, 0]}
+    whole = pieces_of(fields)
     assert pieces_of(whole) is whole
-    assert (arrays_of({"a": whole, "b": values})["a"] == arrays_of({"b": values})["b"]).all()
+    assert [piece.span.total for piece in whole] == [4]
+    for name in fields:
+        assert (arrays_of(whole, [name])[name] == fields[name]).all()
+        assert arrays_of(fields, [name, "c"])[name] is fields[name]
+    assert arrays_of(whole, ["c"]) == {}
 
 
 @pytest.mark.parametrize("switch", ["never", "always"])
@@ -64,10 +69,7 @@ def test_rows_of_several_blocks_are_decoded_where_they_lie(
     if not by_column:
         blocks = [{name: np.ascontiguousarray(values) for name, values in block.items()} for block in blocks]
     rows = [[(0, 40), (88, 2), (50, 0)], [(3, 67)], [(60, 33), (0, 1), (99, 1)]]
-    pieces: dict[str, Any] = {
-        name: Pieces(tuple(cut(block[name], some) for block, some in zip(blocks, rows, strict=True)))
-        for name in blocks[0]
-    }
+    pieces = [cut(block, some) for block, some in zip(blocks, rows, strict=True)]
     copied = {
         name: np.concatenate([b[name][a : a + n] for b, some in zip(blocks, rows, strict=True) for a, n in some])
         for name in blocks[0]
@@ -78,7 +80,7 @@ def test_rows_of_several_blocks_are_decoded_where_they_lie(
 def test_a_code_that_is_wrong_in_the_middle_of_a_piece_is_found() -> None:
     codec = codec_of(300, 4, 32, 16)
     block = stored_of(codec, 50, 12, 6, 300, 4, seed=1)
-    good = {name: Pieces((cut(values, [(0, 20), (30, 20)]),)) for name, values in block.items()}
+    good = [cut(block, [(0, 20), (30, 20)])]
     codec.decode(good)
     block["token_codes"][25, 3] = 40_000  # between the rows: nobody's
     codec.decode(good)
