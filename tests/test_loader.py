@@ -363,6 +363,24 @@ def test_an_iteration_that_is_left_leaves_no_thread_behind(teacher: Teacher) -> 
         assert not any(thread.name.startswith("tailcache") for thread in threading.enumerate())
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_iteration_ends_where_another_one_begins(teacher: Teacher, num_workers: int) -> None:
+    """Both would take from one order, and from the same workers."""
+    loader = loader_of(teacher, num_workers=num_workers, persistent_workers=num_workers > 0)
+    before = iter(loader)
+    next(before)
+    loader.set_epoch(1)
+    after = iter(loader)
+    first = next(after)
+    with pytest.raises(ConfigError, match="another iteration of this loader has begun"):
+        list(before)
+    plain = loader_of(teacher)
+    plain.set_epoch(1)
+    assert rows_in([first, *after]) == rows_in(plain)
+    assert loader.epoch == 2
+    loader.close()
+
+
 def test_it_is_a_dataloader_that_accelerate_leaves_as_it_is(teacher: Teacher) -> None:
     loader = loader_of(teacher)
     assert isinstance(loader, DataLoader)

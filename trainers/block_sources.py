@@ -22,7 +22,7 @@ from tailcache.storage.blocks import Block, read_block
 from tailcache.storage.order import EpochOrder
 from tailcache.storage.several import Opening
 from tailcache.storage.shares import Ends, Stage, num_steps, shares
-from tailcache.trainers.parcels import Parcel, pack, shared, unpack
+from tailcache.trainers.parcels import Packer, Parcel, Unpacker, shared
 
 if TYPE_CHECKING:
     from tailcache.storage.several import AnyTeacher
@@ -94,13 +94,14 @@ class NeededBlocks(IterableDataset[Parcel]):
         self._rows, self._optional, self._targets, self._share = rows, optional, targets, share
         self._begin = shared(torch.zeros(2, dtype=torch.int64))  # workers that persist are told through it
         self._order = share.order(0)
+        self._packer: Packer | None = None  # of a worker
 
     def __len__(self) -> int:
         """Rows of an epoch, over all processes."""
         return len(self._rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_teacher": None}
+        return {**vars(self), "_teacher": None, "_packer": None}
 
     def begin(self, epoch: int, start: int) -> None:
         """Say where the next iteration begins."""
@@ -120,6 +121,9 @@ class NeededBlocks(IterableDataset[Parcel]):
             self._teacher = self._opening.open()  # nothing of another process' files, threads and connections is used
         epoch, start = self._begin.tolist()
         self._order = self._share.order(epoch)
+        if self._packer is None:
+            self._packer = Packer()
+        self._packer.begin()
         held: set[int] = set()
         count = 0
         for stage in self._share.stages(epoch, start):
@@ -127,7 +131,7 @@ class NeededBlocks(IterableDataset[Parcel]):
             for visit in needs:
                 if visit not in held:
                     if count % step == number:
-                        yield pack(self.read(visit))
+                        yield self._packer.pack(visit, self.read(visit))
                     count += 1
             held = set(needs)
 
@@ -159,8 +163,9 @@ class Threads:
 class Workers:
     """Blocks that come from worker processes, in the order they were announced in."""
 
-    def __init__(self, parcels: Iterator[Parcel]) -> None:
+    def __init__(self, parcels: Iterator[Parcel], unpacker: Unpacker) -> None:
         self._parcels: Iterator[Parcel] | None = parcels
+        self._unpacker = unpacker
         self._due: deque[int] = deque()
         self._here: dict[int, Block] = {}
         self._announced = 0
@@ -183,7 +188,9 @@ class Workers:
 
     def _take(self) -> None:
         assert self._parcels is not None
-        self._here[self._due.popleft()] = unpack(next(self._parcels))
+        parcel, visit = next(self._parcels), self._due.popleft()
+        assert parcel.visit == visit, f"expected the block of visit {visit}, found that of {parcel.visit}"
+        self._here[visit] = self._unpacker.unpack(parcel)
 
     def close(self) -> None:
         """Take nothing more."""

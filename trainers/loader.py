@@ -43,6 +43,7 @@ from tailcache.storage.several import named_arrays
 from tailcache.storage.shares import Ends, Stage
 from tailcache.trainers.ahead import ahead, on_device
 from tailcache.trainers.block_sources import NeededBlocks, Share, Threads, Workers
+from tailcache.trainers.parcels import Unpacker
 from tailcache.trainers.priority_pool import PriorityPool
 from tailcache.trainers.processors import num_processors
 
@@ -194,6 +195,8 @@ class CacheLoader(DataLoader[Any]):
             generator=torch.Generator(),  # so that a run's own random numbers do not depend on workers
         )
         self._is_accelerate_prepared = True
+        self._unpacker = Unpacker()
+        self._cuts: Generator[Any] | None = None  # of the iteration that goes on
 
     def __len__(self) -> int:
         """Steps of this process in a whole epoch."""
@@ -202,6 +205,7 @@ class CacheLoader(DataLoader[Any]):
     def close(self) -> None:
         """End workers that persist; they begin again with the next iteration. Otherwise they end with the loader."""
         self._iterator = None
+        self._unpacker = Unpacker()
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next iteration is; one that was loaded with a state goes on where it was."""
@@ -263,13 +267,20 @@ class CacheLoader(DataLoader[Any]):
 
         Yields:
           What ``collate`` makes of the rows of each step.
+
+        Raises:
+          ConfigError: another iteration of this loader has begun since.
         """
+        if self._cuts is not None:
+            self._cuts.close()
         start, self._start = self._start, 0
         self._taken = start
         self._blocks.begin(self.epoch, start)
         # Workers are started here, before there is any thread that a fork could catch at the wrong moment.
-        source = Workers(super().__iter__()) if self.num_workers else None
-        cuts = ahead(self._begun(self._share.stages(self.epoch, start), source), _CUTS_AHEAD)
+        if not self.persistent_workers:
+            self._unpacker = Unpacker()
+        source = Workers(super().__iter__(), self._unpacker) if self.num_workers else None
+        cuts = self._cuts = ahead(self._begun(self._share.stages(self.epoch, start), source), _CUTS_AHEAD)
         try:
             while True:
                 began = time.perf_counter()
@@ -281,8 +292,15 @@ class CacheLoader(DataLoader[Any]):
                 for end in ends:
                     self._taken = end
                     yield batches.popleft()
+                    if self._cuts is not cuts:
+                        raise ConfigError(
+                            "loader: expected one iteration at a time, found that another iteration of this loader has "
+                            "begun; make a loader for each"
+                        )
         finally:
             cuts.close()
+            if self._cuts is cuts:
+                self._cuts = None
         self.epoch, self._taken = self.epoch + 1, 0
 
     def _begun(
