@@ -300,6 +300,22 @@ def test_workers_that_persist_follow_epochs_and_states(teacher: Teacher) -> None
     loader.close()
 
 
+def test_memory_of_workers_is_used_again_in_epochs_that_are_left_early(teacher: Teacher) -> None:
+    loader = loader_of(teacher, num_workers=2, persistent_workers=True)
+    plain = loader_of(teacher)
+    list(loader)
+    used = len(loader._unpacker._pieces)
+    for epoch in range(1, 7):
+        plain.set_epoch(epoch)
+        loader.set_epoch(epoch)
+        assert rows_in(islice(loader, epoch % 4 + 1)) == rows_in(islice(plain, epoch % 4 + 1))
+    loader.set_epoch(7)
+    plain.set_epoch(7)
+    assert rows_in(loader) == rows_in(plain)
+    assert len(loader._unpacker._pieces) <= 2 * used
+    loader.close()
+
+
 @pytest.mark.slow
 def test_workers_that_are_spawned(teacher: Teacher) -> None:
     loader = loader_of(teacher, num_workers=2, multiprocessing_context="spawn", persistent_workers=True)
