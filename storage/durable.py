@@ -15,6 +15,7 @@ import hashlib
 import os
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from tailcache.storage.errors import StorageError, TailcacheError
@@ -40,7 +41,8 @@ def sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-class named:  # a class, for a generator takes ten times as long to enter and leave
+@contextlib.contextmanager
+def named(path: Path | str, doing: str, *, may_miss: bool = False) -> Iterator[None]:
     """Turn the operating system's errors into ``StorageError`` with the file and a remedy.
 
     Args:
@@ -48,22 +50,13 @@ class named:  # a class, for a generator takes ten times as long to enter and le
       doing: what was tried, as in "writing".
       may_miss: leave the error of a missing file as it is.
     """
-
-    __slots__ = ("_doing", "_may_miss", "_path")
-
-    def __init__(self, path: Path | str, doing: str, *, may_miss: bool = False) -> None:
-        self._path, self._doing, self._may_miss = path, doing, may_miss
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, OSError) or isinstance(error, TailcacheError):
-            return
-        if self._may_miss and isinstance(error, FileNotFoundError):
-            return
-        if self._may_miss and isinstance(error, NotADirectoryError):  # a file where a folder would be: nothing below it
-            raise FileNotFoundError(error.errno, error.strerror, str(self._path)) from error
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, TailcacheError) or (may_miss and isinstance(error, FileNotFoundError)):
+            raise
+        if may_miss and isinstance(error, NotADirectoryError):  # a file where a folder would be: nothing is below it
+            raise FileNotFoundError(error.errno, error.strerror, str(path)) from error
         remedy = {
             errno.ENOSPC: "free some space and run the same command again; what is committed stays good",
             errno.EDQUOT: "raise the quota and run the same command again; what is committed stays good",
@@ -71,9 +64,7 @@ class named:  # a class, for a generator takes ten times as long to enter and le
             errno.EACCES: "no permission; check the owner of the folder",
             errno.EPERM: "no permission; check the owner of the folder",
         }.get(error.errno or 0, "check the disk and run the same command again; what is committed stays good")
-        raise StorageError(
-            error.errno, f"{self._path}: {self._doing} failed: {error.strerror or error}; {remedy}"
-        ) from error
+        raise StorageError(error.errno, f"{path}: {doing} failed: {error.strerror or error}; {remedy}") from error
 
 
 def _sync_folder(folder: Path) -> None:

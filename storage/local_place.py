@@ -8,6 +8,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ class LocalPlace(Place):
         """The folder."""
         return self._folder
 
-    def _reading(self, name: str) -> durable.named:
+    def _reading(self, name: str) -> AbstractContextManager[None]:
         return durable.named(f"{self._folder}/{name}", "reading", may_miss=True)
 
     def _opened(self, name: str) -> int:

@@ -82,7 +82,7 @@ def arrays_of(stored: Fields | Sequence[Piece], names: Collection[str]) -> dict[
         values = first[name]
         arrays[name] = empty((total, *values.shape[1:]), values.dtype, order="F" if _by_column(values) else "C")
     loops = decode_loops(0)
-    if loops is not None and all(piece.fields[name].flags.c_contiguous for piece in stored for name in names):
+    if loops is not None and all(piece.fields[name].flags.carray for piece in stored for name in names):
         widths = np.array([values[:1].nbytes for values in arrays.values()])
         outs = tuple(map(_bytes_of, arrays.values()))
         done = 0
