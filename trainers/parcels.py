@@ -100,7 +100,7 @@ class Packer:
 
     def _free_piece(self, size: int) -> int:
         """The smallest free piece that is large enough; else a new one, for which one that is too small is given up."""
-        free = {number: len(piece) for number, piece in self._pieces.items() if piece[_STATE] == _FREE}
+        free = {number: len(piece) for number, piece in self._pieces.items() if piece.numpy()[_STATE] == _FREE}
         enough = [number for number in free if free[number] >= size]
         if enough:
             return min(enough, key=free.__getitem__)
