@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from tailcache.storage.blocks import Block
 from tailcache.storage.corpus import Rows
+from tailcache.trainers.block_sources import Workers
 from tailcache.trainers.parcels import Packer, Parcel, Unpacker
 
 
@@ -86,6 +87,15 @@ def test_what_is_on_its_way_is_not_written_over_until_another_iteration_begins()
     for parcel in again:
         assert_same(unpacker.unpack(parcel), block_of(100, parcel.visit))
     assert_same(held, block_of(100, 0))
+
+
+def test_a_block_of_another_visit_is_refused() -> None:
+    packer = Packer()
+    workers = Workers(iter([packer.pack(3, block_of(100)), packer.pack(5, block_of(100))]), Unpacker())
+    workers.announce([3, 4])
+    assert_same(workers.get(3), block_of(100))
+    with pytest.raises(RuntimeError, match="expected the block of visit 4, found that of visit 5"):
+        workers.get(4)
 
 
 def test_larger_blocks_take_the_place_of_memory_that_is_too_small() -> None:

@@ -189,7 +189,8 @@ class Workers:
     def _take(self) -> None:
         assert self._parcels is not None
         parcel, visit = next(self._parcels), self._due.popleft()
-        assert parcel.visit == visit, f"expected the block of visit {visit}, found that of {parcel.visit}"
+        if parcel.visit != visit:  # never other rows in silence
+            raise RuntimeError(f"loader: expected the block of visit {visit}, found that of visit {parcel.visit}")
         self._here[visit] = self._unpacker.unpack(parcel)
 
     def close(self) -> None:
