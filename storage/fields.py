@@ -85,9 +85,7 @@ class Targets:
         )
 
     def __getitem__(self, index: slice | NDArray[np.integer] | NDArray[np.bool_]) -> Targets:
-        some = object.__new__(Targets)  # all fields are there and of one length, as __init__ would see to
-        some.__dict__.update({name: values[index] for name, values in vars(self).items()})
-        return some
+        return Targets(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
     @staticmethod
     def concatenate(parts: list[Targets]) -> Targets:

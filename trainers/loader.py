@@ -80,11 +80,9 @@ def as_tensors(rows: TargetRows) -> dict[str, torch.Tensor]:
     """
     targets = named_arrays(rows.targets)
     arrays = {**vars(rows.rows), **targets, "target_offsets": rows.target_offsets}
-    del arrays["held_out"]
-    for name in [name for name in targets if name.endswith(tuple(OPTIONAL)) and targets[name].shape[1] == 0]:
-        arrays.pop(f"{name}_scale", None)
-        del arrays[name]
-    return {name: torch.from_numpy(values) for name, values in arrays.items()}
+    absent = {name for name in targets if name.rpartition("/")[2] in OPTIONAL and targets[name].shape[1] == 0}
+    absent |= {f"{name}_scale" for name in absent if name.endswith("hidden")} | {"held_out"}
+    return {name: torch.from_numpy(values) for name, values in arrays.items() if name not in absent}
 
 
 class CacheLoader(DataLoader[Any]):
