@@ -22,7 +22,7 @@ ABSENT = (1 << 64) - 1
 """Offset and length of a chunk that is not stored."""
 CHECKSUM_BYTES = 4
 """Behind each chunk, and behind the index."""
-_BLOSC_HEADER, _SIZES = 16, struct.Struct("<III")
+BLOSC_HEADER, _SIZES = 16, struct.Struct("<III")
 _crc32c = CRC32C(location="end")
 
 
@@ -73,8 +73,8 @@ def blosc_problem(stored: bytes | memoryview, expected: int) -> str:
       stored: the buffer, without a checksum behind it.
       expected: bytes it must have once decompressed.
     """
-    if len(stored) < _BLOSC_HEADER:
-        return f"expected a blosc buffer of at least {_BLOSC_HEADER} bytes, found {len(stored)}"
+    if len(stored) < BLOSC_HEADER:
+        return f"expected a blosc buffer of at least {BLOSC_HEADER} bytes, found {len(stored)}"
     decoded, block, encoded = _SIZES.unpack_from(stored, 4)
     if decoded != expected:
         return f"expected a chunk of {expected} bytes, found one that would have {decoded} once decompressed"

@@ -1,4 +1,4 @@
-"""Whether positions are decoded by compiled loops (``decode_loops``): where numba is installed and there is much to do.
+"""Whether compiled loops read chunks and decode positions: where numba is installed and there is much to do.
 
 Importing numba and loading what it compiled takes as long as decoding a million positions without it (compiling, once
 per machine, some seconds), so a process that reads little does without.
@@ -16,7 +16,7 @@ from types import ModuleType
 
 from tailcache.storage.errors import ConfigError
 
-__all__ = ["SWITCH", "decode_loops"]
+__all__ = ["SWITCH", "chunk_loops", "decode_loops"]
 
 SWITCH = "TAILCACHE_NUMBA"
 _MANY = 262_144
@@ -43,6 +43,15 @@ def decode_loops(num_positions: int) -> ModuleType | None:
     return _loops() if _num_decoded[0] > _MANY and _is_installed() else None
 
 
+def chunk_loops() -> ModuleType | None:
+    """The module of loops over stored chunks, where positions are decoded by loops and all that it calls is found.
+
+    Raises:
+      ConfigError: as ``decode_loops``.
+    """
+    return None if decode_loops(0) is None else _chunk_loops()
+
+
 @lru_cache(maxsize=1)
 def _is_installed() -> bool:
     return find_spec("numba") is not None
@@ -52,3 +61,12 @@ def _loops() -> ModuleType:
     from tailcache.storage import decode_loops as loops
 
     return loops
+
+
+@lru_cache(maxsize=1)
+def _chunk_loops() -> ModuleType | None:
+    try:
+        from tailcache.storage import chunk_loops as loops
+    except ImportError:  # google-crc32c without its compiled part
+        return None
+    return loops if loops.are_callable() else None

@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tailcache.storage.arrays import ArraySpec
+from tailcache.storage.direct_reads import ChunkTable
 from tailcache.storage.durable import TEMPORARY
 from tailcache.storage.errors import (
     CorruptError,
@@ -36,7 +37,7 @@ from tailcache.storage.errors import (
     NotFoundError,
 )
 from tailcache.storage.limits import MAX_ARRAY_METADATA, MAX_MANIFEST
-from tailcache.storage.objects import ChunkTable, read_index, read_object
+from tailcache.storage.objects import read_index, read_object
 from tailcache.storage.place import Location, Place, open_place
 from tailcache.storage.recent import Recent
 from tailcache.storage.records import CORPUS_VERSION, Checksums, parse_checksums, parse_corpus_manifest

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tailcache.storage.fixed_point import EVEN, INFINITY
 from tailcache.storage.logarithm import LOG_2, ROOT_HALF_BITS, SERIES
 
-__all__ = ["copy_rows", "decode_rows", "transpose"]
+__all__ = ["compiled", "copy_rows", "decode_rows", "transpose"]
 
 _SQUARE = 128, 64
 """Positions and columns that are transposed at a time: both sides stay in the processor's first cache."""
@@ -35,18 +35,18 @@ Scalars = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 
 
-def _compiled(function: Loop) -> Loop:
+def compiled(function: Loop) -> Loop:
     """Compile at the first call; keep the result on disk where there is a place for it."""
     made: Any
     try:
         made = numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:
         made = numba.njit(nogil=True)(function)
-    compiled: Loop = made
-    return compiled
+    result: Loop = made
+    return result
 
 
-@_compiled
+@compiled
 def transpose(columns_KT: NDArray[Any], out_TK: NDArray[Any]) -> None:
     """Lay out by positions what was stored by columns. NumPy's copy goes along one side and jumps on the other.
 
@@ -75,7 +75,7 @@ def transpose(columns_KT: NDArray[Any], out_TK: NDArray[Any]) -> None:
                     out_TK[np.uint64(position), k] = columns_KT[k, np.uint64(position)]
 
 
-@_compiled
+@compiled
 def copy_rows(
     arrays: tuple[NDArray[np.uint8], ...],
     starts_R: NDArray[np.int64],
@@ -102,7 +102,7 @@ def copy_rows(
             done += length
 
 
-@_compiled
+@compiled
 def _log(value: float, number: NDArray[np.float64], bits: NDArray[np.int64]) -> float:
     """``natural_log`` of one number, operation by operation; the arrays are one element in two types, to work in."""
     if not value > 0.0:
@@ -118,7 +118,7 @@ def _log(value: float, number: NDArray[np.float64], bits: NDArray[np.int64]) -> 
     return result
 
 
-@_compiled
+@compiled
 def _decode_scalars(
     codes: Scalars,
     table: NDArray[np.float32],
@@ -147,7 +147,7 @@ def _decode_scalars(
     return right
 
 
-@_compiled
+@compiled
 def _float_of(code: int, steps: float) -> tuple[Any, Any]:
     """``fixed_point.float_of`` of one code, unless it is huge."""
     size = abs(np.int64(code))
@@ -156,7 +156,7 @@ def _float_of(code: int, steps: float) -> tuple[Any, Any]:
     return np.float32(np.float32(code) * np.float32(steps)), size <= _EVEN
 
 
-@_compiled
+@compiled
 def _decode_head(
     codes_NK: NDArray[Any],
     gaps_NK: NDArray[Any],
@@ -230,7 +230,7 @@ def _decode_head(
     return right
 
 
-@_compiled
+@compiled
 def _decode_samples(
     differences_Nm: NDArray[Any],
     columns: NDArray[np.intp],
@@ -255,7 +255,7 @@ def _decode_samples(
     return right
 
 
-@_compiled
+@compiled
 def decode_rows(
     wide: tuple[NDArray[Any], NDArray[Any], NDArray[Any]],
     classes_N: NDArray[Any],

@@ -19,7 +19,10 @@ from tailcache.storage.place import Claim, Place
 from tailcache.storage.ranges import cut_range, merge_ranges
 from tailcache.storage.slabs import empty
 
-__all__ = ["LocalPlace"]
+__all__ = ["READING", "LocalPlace"]
+
+READING = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+"""How a file is opened for reading; what is no file does not keep whoever opens it waiting."""
 
 
 class LocalPlace(Place):
@@ -46,13 +49,18 @@ class LocalPlace(Place):
         """The folder."""
         return self._folder
 
+    @property
+    def direct(self) -> Path:
+        """The folder."""
+        return self._folder
+
     def _reading(self, name: str) -> AbstractContextManager[None]:
         return durable.named(f"{self._folder}/{name}", "reading", may_miss=True)
 
     def _opened(self, name: str) -> int:
         """A descriptor for reading, to be closed; only of a file: a pipe would never end, nor would a device."""
         path = f"{self._folder}/{name}"
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, READING)
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
             return descriptor
         os.close(descriptor)

@@ -1,8 +1,9 @@
 """Read slots of shard objects, wherever they lie, without zarr-python's scheduling.
 
 What zarr-python does for such a read is four calls of numcodecs and one NumPy copy per chunk; its asynchronous
-pipeline takes twice as long around them (``scripts/bench_reader.py``). So the same calls are made here directly. That
-both read the same values is tested.
+pipeline takes twice as long around them (``scripts/bench_reader.py``). So the same calls are made here directly; in a
+folder of this machine, where numba is installed, by a compiled loop over all chunks (``storage.direct_reads``). That
+all read the same values is tested.
 
 An object is the chunks, in any order, and then an index: (offset, length) of each chunk as little-endian uint64, and
 the index' CRC-32C. Each chunk is blosc(bytes(transpose(values))) and its own CRC-32C. Whoever reads an object again
@@ -13,7 +14,9 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any, Literal
 
@@ -25,16 +28,15 @@ from numpy.typing import NDArray
 from tailcache.storage.arrays import ArraySpec, checksum_ranges, seal_of
 from tailcache.storage.chunk_bounds import ABSENT, CHECKSUM_BYTES, blosc_problem, parse_index
 from tailcache.storage.compiled import decode_loops
+from tailcache.storage.direct_reads import ChunkTable, Stretch, read_directly
 from tailcache.storage.errors import ConfigError, CorruptError, StorageError
 from tailcache.storage.limits import chunk_bytes
 from tailcache.storage.place import Place
 from tailcache.storage.rust_codecs import read_chunks, use_rust
 from tailcache.storage.slabs import empty
 
-__all__ = ["ChunkTable", "ObjectIndex", "read_array", "read_index", "read_object"]
+__all__ = ["ObjectIndex", "read_array", "read_index", "read_object", "read_objects"]
 
-ChunkTable = NDArray[np.uint64]
-"""[chunks, 2]: offset and length of each chunk of an object."""
 _crc32c = CRC32C(location="end")
 _LITTLE = sys.byteorder == "little"
 _scratch = threading.local()  # kept between calls: touching new memory takes as long as what is done with it
@@ -72,32 +74,50 @@ def read_index(place: Place, name: str, spec: ArraySpec) -> ObjectIndex:
     return ObjectIndex(stored, size, seal_of(stored, place.read_ranges(name, checksum_ranges(stored, size))))
 
 
+def read_objects(place: Place, stretches: Sequence[Stretch]) -> list[NDArray[Any]]:
+    """Decode neighbouring slots of each of some objects.
+
+    Args:
+      place: where their group lies.
+      stretches: what to read.
+
+    Returns:
+      [slots] or [slots, columns] each, of the array's type; what is stored by columns may be laid out so. All may share
+      one piece of memory.
+
+    Raises:
+      CorruptError: a file is missing or short, a checksum does not match, or a slot is not stored.
+
+    Cost: of a local folder, where there are loops, one compiled call. Else of each, one call of the place for the
+    chunks that are needed, and one for the table where it is not known; holds the stored bytes of these chunks, and one
+    decoded chunk, beside the result.
+    """
+    if place.direct is not None and not any(use_rust(_num_chunks(stretch)) for stretch in stretches):
+        found = read_directly(place.direct, stretches)
+        if found is not None:
+            return found
+    return place.map(partial(_read, place), stretches)
+
+
 def read_object(
     place: Place, name: str, spec: ArraySpec, first: int, last: int, where: str, table: ChunkTable | None = None
 ) -> NDArray[Any]:
-    """Decode slots ``first`` to ``last`` (half-open, within the shard) of one object.
+    """``read_objects`` of a single one; the arguments are those of a ``Stretch``."""
+    [values] = read_objects(place, [Stretch(name, spec, first, last, where, table)])
+    return values
 
-    Args:
-      place: where its group lies.
-      name: the object's file.
-      spec: how its array lies on disk.
-      first: first slot.
-      last: one past the last slot.
-      where: what to call this in an error.
-      table: of the object, where it is known; else it is read.
 
-    Returns:
-      [last - first] or [last - first, columns], of the array's type; what is stored by columns may be laid out so.
+def _num_chunks(stretch: Stretch) -> int:
+    return -(-stretch.last // stretch.spec.chunk) - stretch.first // stretch.spec.chunk
 
-    Raises:
-      CorruptError: the file is missing or short, a checksum does not match, or a slot is not stored.
 
-    Cost: one call of the place for the chunks that are needed, and one for the table; holds the stored bytes of these
-    chunks, and one decoded chunk, beside the result.
-    """
+def _read(place: Place, stretch: Stretch) -> NDArray[Any]:
+    """Step by step, so that an error is about the step that it is of."""
+    name, spec, first, last = stretch.name, stretch.spec, stretch.first, stretch.last
     trailing = () if spec.columns is None else (spec.columns,)
     if last <= first:
         return np.empty((0, *trailing), np.dtype(spec.dtype))
+    table = stretch.table
     try:
         if table is None:
             table = parse_index(*place.read_end(name, spec.index_bytes), spec)
@@ -134,8 +154,8 @@ def read_object(
         raise
     except (OSError, ValueError, RuntimeError, OverflowError, IndexError) as error:
         raise CorruptError(
-            f"{where}: {place}/{name} cannot be decoded ({type(error).__name__}: {error}); run `tailcache verify` to "
-            "list all damage, then restore the file from a copy or capture again"
+            f"{stretch.where}: {place}/{name} cannot be decoded ({type(error).__name__}: {error}); run `tailcache "
+            "verify` to list all damage, then restore the file from a copy or capture again"
         ) from error
     return out
 

@@ -114,6 +114,11 @@ class Place(ABC):
         return None
 
     @property
+    def direct(self) -> Path | None:
+        """The folder, where its files can be read past this place, which neither counts, delays nor copies anything."""
+        return None
+
+    @property
     def survives_fork(self) -> bool:
         """A process that is forked after this place was used can go on using it; else workers must be spawned."""
         return True

@@ -21,11 +21,12 @@ from tailcache.storage.blocks import Stored
 from tailcache.storage.codec import OPTIONAL, Targets
 from tailcache.storage.commits import load_codec
 from tailcache.storage.corpus import Corpus, Rows
+from tailcache.storage.direct_reads import ChunkTable, Stretch
 from tailcache.storage.errors import ConfigError, CorruptError, IncompleteError, NotFoundError
 from tailcache.storage.hidden import StoredHead
 from tailcache.storage.layout import check_name, commit_path
 from tailcache.storage.limits import MAX_ARRAY_METADATA, MAX_COMMIT, MAX_MANIFEST, largest_object
-from tailcache.storage.objects import ChunkTable, read_array, read_index, read_object
+from tailcache.storage.objects import read_array, read_index, read_objects
 from tailcache.storage.pieces import Fields, Piece
 from tailcache.storage.place import Location, Place, open_place
 from tailcache.storage.prefix import prefix_hash, prefix_mean_tail, prefix_shards, wait_until_finished
@@ -338,12 +339,11 @@ class Teacher:
             )
         tables = self._touch(shard, names)
 
-        def read(name: str) -> NDArray[Any]:
-            spec = self._fields[name]
-            where = f"teacher {self.name!r}, shard {shard}, field {name}"
-            return read_object(self.place, spec.object_path(shard), spec, first, last, where, tables[name])
-
-        return dict(zip(names, self.place.map(read, names), strict=True))
+        stretches = []
+        for name in names:
+            spec, where = self._fields[name], f"teacher {self.name!r}, shard {shard}, field {name}"
+            stretches.append(Stretch(spec.object_path(shard), spec, first, last, where, tables[name]))
+        return dict(zip(names, read_objects(self.place, stretches), strict=True))
 
     def _slots(self, shard: int, first: int, last: int, names: list[str]) -> Targets:
         """Decode slots ``first`` to ``last`` (within the shard) of some fields."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,12 @@ from storage_fixtures import (
 )
 
 from tailcache.storage import reader as reader_module
-from tailcache.storage.arrays import ArraySpec
 from tailcache.storage.codec import Targets
+from tailcache.storage.direct_reads import Stretch
 from tailcache.storage.errors import ConfigError, CorruptError, FormatError, TeacherError
 from tailcache.storage.hidden import HeadKind, HiddenKind, HiddenLayout, finite_bfloat16, hidden_float32
 from tailcache.storage.layout import Layout
-from tailcache.storage.objects import read_object
+from tailcache.storage.objects import read_objects
 from tailcache.storage.place import Place
 from tailcache.storage.reader import Teacher, open_cache
 from tailcache.storage.targets import TargetsWriter, plan_layout
@@ -94,13 +95,13 @@ def test_what_was_written_is_read(shared: Exact) -> None:
 
 def test_what_is_not_asked_for_is_not_read_and_comes_back_empty(shared: Exact, monkeypatch: pytest.MonkeyPatch) -> None:
     read: set[str] = set()
-    original = read_object
+    original = read_objects
 
-    def noting(place: Place, name: str, spec: ArraySpec, *arguments: Any) -> NDArray[Any]:
-        read.add(spec.name)
-        return original(place, name, spec, *arguments)
+    def noting(place: Place, stretches: Sequence[Stretch]) -> list[NDArray[Any]]:
+        read.update(stretch.spec.name for stretch in stretches)
+        return original(place, stretches)
 
-    monkeypatch.setattr(reader_module, "read_object", noting)
+    monkeypatch.setattr(reader_module, "read_objects", noting)
     num, always = shared.corpus.num_targets, {*shared.layout.fields()} - {*BOTH, "hidden_scale"}
     extra = {"hidden_scale"} if shared.layout.hidden and shared.layout.hidden.kind == "int8" else set()
     for optional, more in (((), set()), (("log_z_tail",), {"log_z_tail"}), (["hidden"], {"hidden", *extra})):
