@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import threading
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ ChunkTable = NDArray[np.uint64]
 """[chunks, 2]: offset and length of each chunk of an object."""
 _ALIGNMENT = 64
 _MAX_BYTES = 1 << 28
-"""Of a result: more is read in parts, which are not there before there is something to fill them."""
+"""Of a result, and of a decoded chunk: what is larger is not allocated before there is something to fill it."""
 _LITTLE = sys.byteorder == "little"
 _scratch = threading.local()  # kept between calls: touching new memory takes as long as what is done with it
 
@@ -72,7 +73,7 @@ def read_directly(folder: Path, stretches: Sequence[Stretch]) -> list[NDArray[An
         if stretch.table is None or first >= last or (spec.column_major and kind.itemsize not in loops.ITEM_BYTES):
             return None
         table = stretch.table[begin : -(-last // slots)]
-        path = f"{folder}/{stretch.name}\0".encode()
+        path = os.fsencode(f"{folder}/{stretch.name}\0")
         wanted.append((
             path_end, num_chunks, num_chunks + len(table), first - begin * slots, last - first, slots,
             kind.itemsize, columns, spec.column_major, end,
@@ -83,7 +84,7 @@ def read_directly(folder: Path, stretches: Sequence[Stretch]) -> list[NDArray[An
         path_end, num_chunks = path_end + len(path), num_chunks + len(table)
         end += -(-(last - first) * columns * kind.itemsize // _ALIGNMENT) * _ALIGNMENT
         largest = max(largest, chunk_bytes(spec))
-    if end > _MAX_BYTES:
+    if not stretches or max(end, largest) > _MAX_BYTES:
         return None
     out = empty((end,), np.uint8)
     stored = _buffer("stored", largest + BLOSC_HEADER + CHECKSUM_BYTES)  # what blosc adds to what it cannot compress
