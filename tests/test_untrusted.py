@@ -21,6 +21,7 @@ from places import cache_folder
 from storage_fixtures import Exact, make_corpus, make_exact, tree
 
 from tailcache.storage.arrays import ArraySpec
+from tailcache.storage.compiled import SWITCH
 from tailcache.storage.corpus import corpus_arrays
 from tailcache.storage.errors import CorruptError, FormatError, StudentError
 from tailcache.storage.local_place import LocalPlace
@@ -299,13 +300,19 @@ def make_hostile(made: Exact, folder: Path) -> dict[str, Path]:
     return caches
 
 
-def test_hostile_caches_are_refused_by_name_and_nothing_else_happens(made: Exact, tmp_path: Path, tally: Tally) -> None:
+@pytest.mark.parametrize("loops", ["auto", "always"])
+def test_hostile_caches_are_refused_by_name_and_nothing_else_happens(
+    made: Exact, tmp_path: Path, tally: Tally, loops: str
+) -> None:
+    if loops == "always":
+        pytest.importorskip("numba")
     caches = make_hostile(made, tmp_path)
     sound = tmp_path / "sound"
     shutil.copytree(cache_folder(made.corpus), sound)
     before = {name: tree(cache) for name, cache in caches.items()}
     command = [sys.executable, str(Path(__file__).parent / "hostile_child.py"), str(sound), str(sound)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment[SWITCH] = loops
     done = subprocess.run(
         [*command, *map(str, caches.values())], capture_output=True, text=True, env=environment, timeout=250
     )
