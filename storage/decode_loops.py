@@ -172,7 +172,8 @@ def _decode_head(
 ) -> bool:
     """Ids and log-probs of the kept tokens of one row.
 
-    A position is gone over once for each thing that is made of it, so that what a loop needs stays in registers.
+    A position is gone over several times, so that what a loop needs stays in registers. Levels and codes go together:
+    each is a chain of steps that wait for one another, and a processor takes both chains side by side.
     Whether two neighbours share a level, and whether a token is in its list, is as good as random, and a processor that
     guesses it is wrong often: there, one of two numbers is chosen, and nothing is branched to.
     """
@@ -195,21 +196,23 @@ def _decode_head(
             if highest > last_level:
                 right = False
                 continue
-            level, share = np.uint64(0), 0.0
-            for column in range(top_k):
+            level, share, code = np.uint64(0), 0.0, none
+            for column in range(first_two):  # the second one is not a difference even on the first one's level
                 k = np.uint64(column)
                 level += np.uint64(gaps_NK[n, k])
                 logprobs_TK[t, k] = minus_levels_L[level]
-                share += weights_L[level]  # from the most likely token on
-            shares_t[np.uint64(i)] = share
-            code = none
-            for column in range(first_two):  # the second one is not a difference even on the first one's level
-                code = np.int64(codes_NK[n, np.uint64(column)])
-                codes_K[np.uint64(column)] = code
+                share += weights_L[level]
+                code = np.int64(codes_NK[n, k])
+                codes_K[k] = code
             for column in range(2, top_k):
                 k = np.uint64(column)
-                code = np.int64(codes_NK[n, k]) + (code if gaps_NK[n, k] == 0 else none)
+                gap = np.uint64(gaps_NK[n, k])
+                level += gap
+                logprobs_TK[t, k] = minus_levels_L[level]
+                share += weights_L[level]  # from the most likely token on
+                code = np.int64(codes_NK[n, k]) + (code if gap == np.uint64(0) else none)
                 codes_K[k] = code
+            shares_t[np.uint64(i)] = share
             highest = none
             for column in range(top_k):
                 highest = max(highest, codes_K[np.uint64(column)])

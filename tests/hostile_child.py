@@ -93,7 +93,7 @@ def main(good: str, hostile: list[str]) -> None:
     """Read one after the other."""
     global watching, inside
     read(Path(good))
-    with mock.patch.object(objects, "read_directly", lambda *_: None):
+    with mock.patch.object(objects, "read_directly", return_value=None):
         read(Path(good))  # as what cannot be read directly will be
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY
