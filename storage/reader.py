@@ -375,8 +375,8 @@ class Teacher:
           optional: as for ``rows``.
 
         Returns:
-          By field, arrays with one leading axis; those stored by columns may be laid out so. They may share memory, which
-          is kept while any of them is.
+          By field, arrays with one leading axis; those stored by columns may be laid out so. They may share memory,
+          which is kept while any of them is.
 
         Raises:
           ConfigError, NotFoundError, CorruptError: as for ``rows``.
