@@ -195,6 +195,8 @@ class Cut:
     filler: bool
     ends: list[int]
     """How many rows of the order all processes have taken after each step."""
+    begin: float
+    """Where it begins: the number of its stage, and what part of that has gone before."""
 
     def made(self, decode: Decode) -> list[TargetRows]:
         """The rows of each step, views of what is gathered and decoded at once; any thread can make them."""
@@ -224,7 +226,7 @@ def walk(
     Space: the blocks of two stages.
     """
     held: dict[int, Block] = {}
-    current = next(stages, None)
+    current, number = next(stages, None), 0
     if current is not None:
         announce(current.needs.tolist())
     while current is not None:
@@ -240,6 +242,7 @@ def walk(
                 places=current.places[steps],
                 filler=current.filler,
                 ends=current.ends[steps],
+                begin=number + first / len(current.ends),
             )
             keep_up(min(first + num_steps, len(current.ends)) / len(current.ends))
-        current = following
+        current, number = following, number + 1

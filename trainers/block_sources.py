@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 __all__ = ["NeededBlocks", "Share", "Threads", "Workers"]
 
+_EARLY = 0.75
+"""Of a block's share of the stage before: the last block is read beside the last cut but one, so that no thread waits
+until another has read it; the first come after the first cut, which somebody is waiting for."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
@@ -137,15 +141,27 @@ class NeededBlocks(IterableDataset[Parcel]):
 
 
 class Threads:
-    """Blocks read by threads of this process."""
+    """Blocks read by threads of this process, spread over the stage before the one that they are for.
 
-    def __init__(self, read: Callable[[int], Block], submit: Callable[[Callable[[], Block]], Future[Block]]) -> None:
+    Args:
+      read: reads the block of a visit.
+      submit: has something done, what has the lowest rank first, as ``PriorityPool.submit``; the rank of a cut is where
+        it begins.
+    """
+
+    def __init__(
+        self, read: Callable[[int], Block], submit: Callable[[float, Callable[[], Block]], Future[Block]]
+    ) -> None:
         self._read, self._submit = read, submit
         self._pending: dict[int, Future[Block]] = {}
+        self._stage = -1  # the one before that of the blocks that are announced next
 
     def announce(self, visits: list[int]) -> None:
         """Begin to read these."""
-        self._pending.update((visit, self._submit(partial(self._read, visit))) for visit in visits)
+        for number, visit in enumerate(visits):
+            rank = self._stage + max(1 - _EARLY, number - _EARLY) / len(visits)
+            self._pending[visit] = self._submit(rank, partial(self._read, visit))
+        self._stage += 1
 
     def get(self, visit: int) -> Block:
         """One that was announced."""

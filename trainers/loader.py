@@ -60,7 +60,6 @@ _THREADS = 4
 """At most, and no more than there are processors: threads that take turns put each other's data out of the caches."""
 _REMOTE_READ_THREADS = 8
 """More, where the time goes into waiting for answers."""
-_BATCHES_FIRST, _BLOCKS = 0, 1
 _CUTS_AHEAD = 2
 """Besides the one that is consumed and the one that is waiting to be; each about as large as a block."""
 
@@ -308,7 +307,7 @@ class CacheLoader(DataLoader[Any]):
         pool = PriorityPool(min(_THREADS, num_processors()), "tailcache-loader")
         waits = self.teacher.place.local is None
         readers = PriorityPool(_REMOTE_READ_THREADS, "tailcache-reader") if waits and not source else pool
-        reading = source or Threads(self._blocks.read, partial(readers.submit, _BLOCKS))
+        reading = source or Threads(self._blocks.read, readers.submit)
         choose_device = on_device()
 
         def made(cut: Cut) -> deque[Any]:
@@ -319,7 +318,7 @@ class CacheLoader(DataLoader[Any]):
         num_steps = max(1, self._share.block_rows // self._share.batch_rows)
         try:
             for cut in walk(stages, reading.announce, reading.get, reading.keep_up, num_steps=num_steps):
-                yield pool.submit(_BATCHES_FIRST, partial(made, cut)), cut.ends
+                yield pool.submit(cut.begin, partial(made, cut)), cut.ends
         except GeneratorExit:
             left = True
             raise

@@ -23,10 +23,10 @@ class PriorityPool:
 
     def __init__(self, num_threads: int, name: str) -> None:
         self._pool = ThreadPoolExecutor(num_threads, name)
-        self._due: queue.PriorityQueue[tuple[int, int, Future[Any], Callable[[], Any]]] = queue.PriorityQueue()
+        self._due: queue.PriorityQueue[tuple[float, int, Future[Any], Callable[[], Any]]] = queue.PriorityQueue()
         self._count = itertools.count()
 
-    def submit(self, rank: int, work: Callable[[], Result]) -> Future[Result]:
+    def submit(self, rank: float, work: Callable[[], Result]) -> Future[Result]:
         """Have something done: of what is due, the lowest rank first, and of one rank what was submitted first."""
         future: Future[Result] = Future()
         self._due.put((rank, next(self._count), future, work))
