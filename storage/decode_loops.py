@@ -213,17 +213,20 @@ def _decode_head(
                 code = np.int64(codes_NK[n, k]) + (code if gap == np.uint64(0) else none)
                 codes_K[k] = code
             shares_t[np.uint64(i)] = share
-            highest = none
-            for column in range(top_k):
-                highest = max(highest, codes_K[np.uint64(column)])
             chosen = np.int64(classes_N[n]) if num_classes > 1 else none
+            to_list = vocab_size + chosen * class_size
+            highest = none
+            for column in range(top_k):  # a code becomes where its token is
+                k = np.uint64(column)
+                code = codes_K[k]
+                highest = max(highest, code)
+                codes_K[k] = code + (to_list if code < class_size else -class_size)
             if highest > last_code or chosen >= num_classes:
                 right = False
                 continue
-            to_list = vocab_size + chosen * class_size
             for column in range(top_k):
                 k = np.uint64(column)
-                ids_TK[t, k] = tokens[np.uint64(codes_K[k] + (to_list if codes_K[k] < class_size else -class_size))]
+                ids_TK[t, k] = tokens[np.uint64(codes_K[k])]
         for i in range(count):
             t = np.uint64(done + first + i)
             log_head = np.float64(log_head_t[np.uint64(first + i)])
