@@ -7,6 +7,7 @@ with the environment that ``open_place`` and every command need to reach it; ``f
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import re
@@ -115,6 +116,8 @@ class _Proxy(ThreadingHTTPServer):
     def __init__(self, port: int) -> None:
         self.backend = port
         self.faults = Faults()
+        self.writing = threading.Lock()
+        """S3 takes writes to a key in turn; moto looks whether a condition holds, and then writes, in any threads."""
         super().__init__(("127.0.0.1", 0), _Handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -164,9 +167,11 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is not None and kind == "slow":
             time.sleep(fault.seconds)
         backend = http.client.HTTPConnection("127.0.0.1", self.server.backend)
-        backend.request(self.command, self.path, request or None, dict(self.headers.items()))
-        response = backend.getresponse()
-        body = response.read()
+        reads = self.command in ("GET", "HEAD")
+        with contextlib.nullcontext() if reads else self.server.writing:
+            backend.request(self.command, self.path, request or None, dict(self.headers.items()))
+            response = backend.getresponse()
+            body = response.read()
         backend.close()
         if kind == "lost answer":
             return self._break()
