@@ -338,7 +338,6 @@ class Teacher:
                 f"[{first}, {last}) by the corpus' target_offsets; run `tailcache verify`"
             )
         tables = self._touch(shard, names)
-
         stretches = []
         for name in names:
             spec, where = self._fields[name], f"teacher {self.name!r}, shard {shard}, field {name}"
