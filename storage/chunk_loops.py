@@ -112,8 +112,7 @@ def _lay_out(
 ) -> None:
     """Some slots of a chunk that is stored by columns, by rows."""
     if item_bytes == 1:
-        by_column = chunk.reshape(columns, slots)
-        transpose(by_column[:, skip : skip + len(out) // columns], out.reshape(len(out) // columns, columns))
+        transpose(chunk.reshape(columns, slots)[:, skip : skip + len(out) // columns], out.reshape(-1, columns))
     elif item_bytes == 2:
         pairs, out_pairs = chunk.view(np.uint16).reshape(columns, slots), out.view(np.uint16)
         transpose(pairs[:, skip : skip + len(out_pairs) // columns], out_pairs.reshape(-1, columns))

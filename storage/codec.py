@@ -25,7 +25,6 @@ temperatures, D hidden width.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from types import ModuleType
@@ -51,7 +50,7 @@ from tailcache.storage.levels import (
 )
 from tailcache.storage.logarithm import natural_log
 from tailcache.storage.pieces import Fields, Piece, arrays_of, pieces_of
-from tailcache.storage.slabs import empty
+from tailcache.storage.slabs import empty, scratch
 
 if TYPE_CHECKING:
     from tailcache.storage.layout import Layout
@@ -86,7 +85,6 @@ _NO_SAMPLES, _NO_CLASSES = np.empty((0, 0), np.uint16), np.empty(0, np.uint8)
 _PAD = 16
 """Rows that are a power of two apart in memory compete for the same lines of the processor's cache, and transposing
 them takes nine times as long."""
-_scratch = threading.local()  # kept between calls: touching new memory takes longer than what is done with it
 
 
 class Codec:
@@ -408,11 +406,7 @@ def _buffer(name: str, shape: tuple[int, int], kind: np.dtype[Any], pad: int = 0
     """
     rows, columns = shape[0], shape[1] + pad
     size = rows * columns * kind.itemsize
-    held: NDArray[np.uint8] | None = getattr(_scratch, name, None)
-    if held is None or len(held) < size:
-        held = np.empty(size, np.uint8)
-        setattr(_scratch, name, held)
-    values: NDArray[Any] = held[:size].view(kind).reshape(rows, columns)[:, : shape[1]]
+    values: NDArray[Any] = scratch(name, size)[:size].view(kind).reshape(rows, columns)[:, : shape[1]]
     return values
 
 

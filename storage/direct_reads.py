@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from tailcache.storage.chunk_bounds import BLOSC_HEADER, CHECKSUM_BYTES
 from tailcache.storage.compiled import chunk_loops
 from tailcache.storage.limits import chunk_bytes
 from tailcache.storage.local_place import READING
-from tailcache.storage.slabs import empty
+from tailcache.storage.slabs import empty, scratch
 
 __all__ = ["ChunkTable", "Stretch", "read_directly"]
 
@@ -29,7 +28,6 @@ _ALIGNMENT = 64
 _MAX_BYTES = 1 << 28
 """Of a result, and of a decoded chunk: what is larger is not allocated before there is something to fill it."""
 _LITTLE = sys.byteorder == "little"
-_scratch = threading.local()  # kept between calls: touching new memory takes as long as what is done with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +85,8 @@ def read_directly(folder: Path, stretches: Sequence[Stretch]) -> list[NDArray[An
     if not stretches or max(end, largest) > _MAX_BYTES:
         return None
     out = empty((end,), np.uint8)
-    stored = _buffer("stored", largest + BLOSC_HEADER + CHECKSUM_BYTES)  # what blosc adds to what it cannot compress
-    decoded = _buffer("decoded", largest)
+    stored = scratch("stored", largest + BLOSC_HEADER + CHECKSUM_BYTES)  # what blosc adds to what it cannot compress
+    decoded = scratch("decoded", largest)
     chunks = np.concatenate(tables).view(np.int64)
     files = np.frombuffer(b"".join(paths), np.uint8)
     if not loops.read_chunks(files, chunks, np.array(wanted), READING, stored, decoded, out):
@@ -96,12 +94,3 @@ def read_directly(folder: Path, stretches: Sequence[Stretch]) -> list[NDArray[An
     return [
         out[begin : begin + math.prod(shape) * kind.itemsize].view(kind).reshape(shape) for begin, shape, kind in kinds
     ]
-
-
-def _buffer(name: str, size: int) -> NDArray[np.uint8]:
-    """Memory of this thread's that the next call uses again."""
-    held: NDArray[np.uint8] | None = getattr(_scratch, name, None)
-    if held is None or len(held) < size:
-        held = np.empty(size, np.uint8)
-        setattr(_scratch, name, held)
-    return held

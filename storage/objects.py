@@ -13,7 +13,6 @@ keeps its table of chunks; a read is then one call for the bytes of the wanted c
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,13 +32,12 @@ from tailcache.storage.errors import ConfigError, CorruptError, StorageError
 from tailcache.storage.limits import chunk_bytes
 from tailcache.storage.place import Place
 from tailcache.storage.rust_codecs import read_chunks, use_rust
-from tailcache.storage.slabs import empty
+from tailcache.storage.slabs import empty, scratch
 
 __all__ = ["ObjectIndex", "read_array", "read_index", "read_object", "read_objects"]
 
 _crc32c = CRC32C(location="end")
 _LITTLE = sys.byteorder == "little"
-_scratch = threading.local()  # kept between calls: touching new memory takes as long as what is done with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,11 +200,9 @@ def _copy(values: NDArray[Any], out: NDArray[Any], loops: ModuleType | None) -> 
 def _decode_chunk(payload: NDArray[np.uint8], spec: ArraySpec) -> NDArray[Any]:
     """A chunk's values, in memory of this thread's that the next call uses again."""
     size = chunk_bytes(spec)
-    held: NDArray[np.uint8] | None = getattr(_scratch, "chunk", None)
-    if held is None or len(held) < size:
-        held = _scratch.chunk = np.empty(size, np.uint8)
-    blosc.decompress(payload, held[:size])
-    values = held[:size].view(np.dtype(spec.dtype).newbyteorder("<"))
+    decoded = scratch("decoded", size)[:size]
+    blosc.decompress(payload, decoded)
+    values = decoded.view(np.dtype(spec.dtype).newbyteorder("<"))
     if spec.columns is None:
         return values.reshape(spec.chunk)
     return values.reshape(spec.columns, spec.chunk).T if spec.column_major else values.reshape(spec.chunk, spec.columns)

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import mmap
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-__all__ = ["SMALLEST", "empty"]
+__all__ = ["SMALLEST", "empty", "scratch"]
 
 SMALLEST = 1 << 16
 """Bytes; the C library keeps smaller ones itself."""
@@ -28,6 +29,7 @@ _kept: dict[int, list[mmap.mmap]] = {}
 _num_kept = [0]
 _asked: dict[int, None] = {}
 """Sizes, the one that was asked for last at the end."""
+_scratch = threading.local()
 
 
 class _Lease(np.ndarray[Any, Any]):
@@ -57,6 +59,15 @@ def empty(shape: tuple[int, ...], dtype: DTypeLike, order: Literal["C", "F"] = "
     lease = _Lease((size,), np.uint8, memory)
     lease.memory = memory
     return np.ndarray(shape, kind, lease, order=order)
+
+
+def scratch(name: str, size: int) -> NDArray[np.uint8]:
+    """At least so many bytes of this thread's, with anything in them; its next call with this name uses them again."""
+    held: NDArray[np.uint8] | None = getattr(_scratch, name, None)
+    if held is None or len(held) < size:
+        held = np.empty(size, np.uint8)
+        setattr(_scratch, name, held)
+    return held
 
 
 def _taken(size: int) -> mmap.mmap | None:
