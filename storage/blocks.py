@@ -113,7 +113,7 @@ def read_block(
         parts.append(Block(rows=read, stored=stored, target_offsets=offsets, chosen=run - first))
     if len(parts) == 1:
         return parts[0]
-    joined, pieces, target_offsets = _join(parts, [part.chosen for part in parts])
+    joined, pieces, target_offsets = _join(parts, [part.chosen for part in parts], np.arange(len(rows)))
     together = arrays_of(pieces, parts[0].stored)
     return Block(rows=joined, stored=together, target_offsets=target_offsets, chosen=np.arange(len(joined)))
 
@@ -128,59 +128,75 @@ def gather(
 
     Args:
       held: blocks by their visit.
-      visits: [R] which block each row is from; rows of one block should be together, each such run is one piece.
+      visits: [R] which block each row is from.
       places: [R] which row of its block.
       decode: ``Teacher.decode``.
     """
+    by_block = np.argsort(visits, kind="stable")
+    visits, places = visits[by_block], places[by_block]
     blocks, chosen, first = [], [], 0
     for last in [*(np.flatnonzero(np.diff(visits)) + 1).tolist(), len(visits)]:
         block = held[int(visits[first])]
         blocks.append(block)
         chosen.append(block.chosen[places[first:last]])
         first = last
-    rows, pieces, target_offsets = _join(blocks, chosen)
+    rows, pieces, target_offsets = _join(blocks, chosen, by_block)
     targets = decode(pieces, rows.row_indices) if pieces[0].fields else Targets.unread(int(target_offsets[-1]))
     return TargetRows(rows=rows, targets=targets, target_offsets=target_offsets)
 
 
-def _join(blocks: list[Block], chosen: list[NDArray[np.int64]]) -> tuple[Rows, list[Piece], NDArray[np.int64]]:
-    """Some rows of each block, by their indices in it, after one another; of their targets no copy is made."""
+def _join(
+    blocks: list[Block], chosen: list[NDArray[np.int64]], numbers: NDArray[np.int64]
+) -> tuple[Rows, list[Piece], NDArray[np.int64]]:
+    """Some rows of each block, in any order; of their targets no copy is made.
+
+    Args:
+      blocks: at least one.
+      chosen: of each block, the indices in it of at least one row.
+      numbers: [R] of these, block by block, which row of the result each is.
+    """
     counts = [len(places) for places in chosen]
     sizes = np.array([len(block.rows) for block in blocks])
     wanted = np.concatenate(chosen) + np.repeat(np.cumsum(sizes) - sizes, counts)  # among the rows of all blocks
     entries = wanted + np.repeat(np.arange(len(blocks)), counts)  # among their offsets, of which each has one more
-    of_tokens, offsets = _spans([block.rows.offsets for block in blocks], entries, counts)
-    of_targets, target_offsets = _spans([block.target_offsets for block in blocks], entries, counts)
+    of_tokens, offsets = _spans([block.rows.offsets for block in blocks], entries, counts, numbers)
+    of_targets, target_offsets = _spans([block.target_offsets for block in blocks], entries, counts, numbers)
     by_token = [Piece(vars(block.rows), span) for block, span in zip(blocks, of_tokens, strict=True)]
+    in_order = np.empty_like(wanted)
+    in_order[numbers] = wanted
     rows = Rows(
-        row_indices=np.concatenate([block.rows.row_indices for block in blocks])[wanted],
+        row_indices=np.concatenate([block.rows.row_indices for block in blocks])[in_order],
         offsets=offsets,
-        held_out=np.concatenate([block.rows.held_out for block in blocks])[wanted],
+        held_out=np.concatenate([block.rows.held_out for block in blocks])[in_order],
         **arrays_of(by_token, ("tokens", "document_start", "supervised")),
     )
     return rows, [Piece(block.stored, span) for block, span in zip(blocks, of_targets, strict=True)], target_offsets
 
 
 def _spans(
-    offsets: list[NDArray[np.int64]], entries: NDArray[np.int64], counts: list[int]
+    offsets: list[NDArray[np.int64]], entries: NDArray[np.int64], counts: list[int], numbers: NDArray[np.int64]
 ) -> tuple[list[Span], NDArray[np.int64]]:
-    """Where the elements of some rows of each block lie, and [R + 1] where they begin once laid after one another.
+    """Where the elements of some rows of each block lie, and [R + 1] where rows begin in the result.
 
     Args:
       offsets: of each block, where its rows begin, and where the last one ends.
       entries: [R] of the rows among these, all blocks after one another.
-      counts: how many of the rows are of each block.
+      counts: how many of the rows are of each block, at least one.
+      numbers: [R] which row of the result each is.
     """
     together = np.concatenate(offsets)
     starts = together[entries]
     lengths = together[entries + 1] - starts
+    in_order = np.empty_like(lengths)
+    in_order[numbers] = lengths
     begins = np.zeros(len(entries) + 1, np.int64)
-    np.cumsum(lengths, out=begins[1:])
-    spans, first = [], 0
-    for count in counts:
-        last = first + count
-        spans.append(Span(starts[first:last], lengths[first:last], int(begins[last] - begins[first])))
-        first = last
+    np.cumsum(in_order, out=begins[1:])
+    places = begins[numbers]
+    firsts = np.cumsum(counts, dtype=np.int64) - counts
+    spans = [
+        Span(starts[first : first + count], lengths[first : first + count], places[first : first + count], total)
+        for first, count, total in zip(firsts.tolist(), counts, np.add.reduceat(lengths, firsts).tolist(), strict=True)
+    ]
     return spans, begins
 
 

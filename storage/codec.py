@@ -232,7 +232,7 @@ class Codec:
         out_wide = (out.token_ids, out.logprobs, out.tail_samples)
         out_scalars = (out.log_tail, out.tail_entropy, out.log_target, out.log_not_target)
         names = [name for name in _REQUIRED if name in pieces[0].fields]
-        done, right = 0, True
+        right = True
         for piece in pieces:
             fields, span = piece.fields, piece.span
             codes, gaps = fields["token_codes"], fields["logprob_gaps"]
@@ -242,9 +242,8 @@ class Codec:
                 (codes, gaps, fields.get("tail_sample_codes", _NO_SAMPLES)),
                 fields.get("position_class", _NO_CLASSES),
                 (fields["tail_logit"], fields["tail_entropy"], fields["target_logit"]),
-                span.starts, span.lengths, tables, sizes, 1 / self._steps, out_wide, out_scalars, done,
+                span.starts, span.lengths, span.places, tables, sizes, 1 / self._steps, out_wide, out_scalars,
             )  # fmt: skip
-            done += span.total
         return right
 
     def _decode_by_arrays(self, stored: Fields | Sequence[Piece], out: Targets, where: str) -> None:

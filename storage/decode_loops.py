@@ -80,26 +80,24 @@ def copy_rows(
     arrays: tuple[NDArray[np.uint8], ...],
     starts_R: NDArray[np.int64],
     lengths_R: NDArray[np.int64],
+    places_R: NDArray[np.int64],
     widths: NDArray[np.int64],
     out: tuple[NDArray[np.uint8], ...],
-    begin: int,
 ) -> None:
-    """Copy the rows of some arrays, one after another.
+    """Copy the rows of some arrays.
 
     Args:
       arrays: the bytes of each.
       starts_R: where each row begins, in elements.
       lengths_R: elements of each row.
+      places_R: where each row begins in the results, in elements.
       widths: bytes of an element of each array.
       out: the bytes of each result.
-      begin: elements of these that are there already.
     """
     for i in range(len(arrays)):
-        done = begin * widths[i]
         for row in range(len(starts_R)):
-            first, length = starts_R[row] * widths[i], lengths_R[row] * widths[i]
-            out[i][done : done + length] = arrays[i][first : first + length]
-            done += length
+            first, place, length = starts_R[row] * widths[i], places_R[row] * widths[i], lengths_R[row] * widths[i]
+            out[i][place : place + length] = arrays[i][first : first + length]
 
 
 @compiled
@@ -268,12 +266,12 @@ def decode_rows(
     scalars: Scalars,
     starts_R: NDArray[np.int64],
     lengths_R: NDArray[np.int64],
+    places_R: NDArray[np.int64],
     tables: tuple[NDArray[Any], NDArray[np.float32], NDArray[np.float64], NDArray[np.float32], NDArray[np.intp]],
     sizes: tuple[int, int, int],
     steps: float,
     out_wide: tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]],
     out_scalars: tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]],
-    done: int,
 ) -> bool:
     """All that ``Codec.decode`` makes of some rows of an array of stored fields; one call, so one wait for Python.
 
@@ -284,13 +282,13 @@ def decode_rows(
       scalars: codes [N] of the tail's logit, the tail's entropy and the target's logit.
       starts_R: where each row begins in these.
       lengths_R: positions of each row.
+      places_R: where each row begins in the results.
       tables: tokens [V + C M] of each rank and of each class' list; minus the levels [L], nats; their exponentials, as
         float32 has them; log(1 + exp(-x)) for the scalars' codes; [m] where each of the differences stands.
       sizes: V, C and M.
       steps: a scalar's step, nats.
       out_wide: ids [T, K], log-probs [T, K] (nats) and the draws' ids [T, m].
       out_scalars: [T] each, nats: log tail, the tail's entropy, log p and log(1 - p) of the target.
-      done: positions of these that are there already.
 
     Returns:
       Whether all numbers are in their tables, and no scalar is huge; if not, the results are of no use.
@@ -305,13 +303,12 @@ def decode_rows(
     codes_K = np.empty(codes_NK.shape[1], np.int64)
     right = True
     for row in range(len(starts_R)):
-        begin, num = starts_R[row], lengths_R[row]
+        begin, num, place = starts_R[row], lengths_R[row], places_R[row]
         log_head_t = log_head[:num]
-        right &= _decode_scalars(scalars, softplus, steps, begin, log_head_t, out_scalars, done)
+        right &= _decode_scalars(scalars, softplus, steps, begin, log_head_t, out_scalars, place)
         right &= _decode_head(
             codes_NK, gaps_NK, classes_N, (tokens, minus_levels_L, weights_L), sizes, begin, log_head_t, codes_K,
-            ids_TK, logprobs_TK, done,
+            ids_TK, logprobs_TK, place,
         )  # fmt: skip
-        right &= _decode_samples(differences_Nm, columns, tokens, sizes[0], begin, samples_Tm, done, num)
-        done += num
+        right &= _decode_samples(differences_Nm, columns, tokens, sizes[0], begin, samples_Tm, place, num)
     return right

@@ -1,4 +1,4 @@
-"""Rows of several arrays, one after another, without a copy: what a decoder reads where it lies.
+"""Rows of several arrays, in any order, without a copy: what a decoder reads where it lies.
 
 Legend: R rows.
 """
@@ -22,28 +22,34 @@ Fields = Mapping[str, NDArray[Any]]
 
 
 class Span:
-    """Where some rows lie in an array.
+    """Where some rows lie in an array, and where in a result they go.
 
     Attributes:
       starts: [R] int64, where each row begins.
       lengths: [R] int64, elements of each.
+      places: [R] int64, where each row begins in the result.
       total: elements of all of them.
     """
 
-    __slots__ = ("_index", "lengths", "starts", "total")
+    __slots__ = ("_indices", "lengths", "places", "starts", "total")
 
-    def __init__(self, starts: NDArray[np.int64], lengths: NDArray[np.int64], total: int) -> None:
-        self.starts, self.lengths, self.total = starts, lengths, total
-        self._index: NDArray[np.int64] | None = None
+    def __init__(
+        self, starts: NDArray[np.int64], lengths: NDArray[np.int64], places: NDArray[np.int64], total: int
+    ) -> None:
+        self.starts, self.lengths, self.places, self.total = starts, lengths, places, total
+        self._indices: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
 
     @property
-    def index(self) -> NDArray[np.int64]:
-        """[total] where each element lies in the array."""
-        if self._index is None:
-            before = np.cumsum(self.lengths) - self.lengths
-            self._index = np.repeat(self.starts - before, self.lengths)
-            self._index += np.arange(self.total)
-        return self._index
+    def indices(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """[total] each: where each element lies in the array, and where it goes."""
+        if self._indices is None:
+            within = np.arange(self.total)
+            within -= np.repeat(np.cumsum(self.lengths) - self.lengths, self.lengths)
+            self._indices = (
+                np.repeat(self.starts, self.lengths) + within,
+                np.repeat(self.places, self.lengths) + within,
+            )
+        return self._indices
 
 
 @dataclass(slots=True)
@@ -60,14 +66,14 @@ def pieces_of(stored: Fields | Sequence[Piece]) -> Sequence[Piece]:
     if not isinstance(stored, Mapping):
         return stored
     num = max(map(len, stored.values()), default=0)
-    return [Piece(stored, Span(np.zeros(1, np.int64), np.array([num], np.int64), num))]
+    return [Piece(stored, Span(np.zeros(1, np.int64), np.array([num], np.int64), np.zeros(1, np.int64), num))]
 
 
 def arrays_of(stored: Fields | Sequence[Piece], names: Collection[str]) -> dict[str, NDArray[Any]]:
     """Those of some fields that are there, as arrays laid out as they are; of pieces, one copy.
 
     Args:
-      stored: arrays, or at least one piece of them.
+      stored: arrays, or at least one piece of them; together, the pieces' rows fill the result.
       names: of the fields.
     """
     if isinstance(stored, Mapping):
@@ -85,22 +91,18 @@ def arrays_of(stored: Fields | Sequence[Piece], names: Collection[str]) -> dict[
     if loops is not None and all(piece.fields[name].flags.carray for piece in stored for name in names):
         widths = np.array([values[:1].nbytes for values in arrays.values()])
         outs = tuple(map(_bytes_of, arrays.values()))
-        done = 0
         for piece in stored:
             sources = tuple(_bytes_of(piece.fields[name]) for name in names)
-            loops.copy_rows(sources, piece.span.starts, piece.span.lengths, widths, outs, done)
-            done += piece.span.total
+            span = piece.span
+            loops.copy_rows(sources, span.starts, span.lengths, span.places, widths, outs)
         return arrays
     for name, out in arrays.items():
-        done = 0
-        by_column = _by_column(out)
         for piece in stored:
-            source, target = piece.fields[name], out[done : done + piece.span.total]
-            if by_column:
-                source, target = source.T, target.T
-            if piece.span.total:
-                np.take(source, piece.span.index, axis=int(by_column), out=target, mode="clip")
-            done += piece.span.total
+            source, (index, places) = piece.fields[name], piece.span.indices
+            if _by_column(out):
+                out.T[:, places] = source.T[:, index]
+            else:
+                out[places] = source[index]
     return arrays
 
 

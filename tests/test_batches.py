@@ -97,6 +97,20 @@ def test_a_batch_of_a_block_is_that_of_its_rows(teacher: Teacher, layout: Layout
                 assert torch.equal(values, other[name]), name
 
 
+def test_rows_of_several_blocks_are_gathered_in_the_order_asked_for(teacher: Teacher) -> None:
+    held = {visit: read_block(teacher, np.arange(3 * visit, 3 * visit + 3)) for visit in range(8)}
+    visits, places = np.array([4, 0, 4, 7, 0, 2]), np.array([2, 1, 0, 0, 2, 2])
+    found = gather(held, visits, places, teacher.decode)
+    wanted = (3 * visits + places).tolist()
+    assert found.rows.row_indices.tolist() == wanted
+    for i, row in enumerate(wanted):
+        one, expected = found.slice(i, i + 1), teacher.corpus.rows(row, row + 1)
+        for name in ("tokens", "document_start", "supervised", "held_out"):
+            assert (getattr(one.rows, name) == getattr(expected, name)).all(), name
+        for name in ("token_ids", "logprobs", "log_tail", "tail_entropy", "log_target", "tail_samples"):
+            assert (getattr(one.targets, name) == getattr(teacher.row(row), name)).all(), name
+
+
 def test_targets_that_do_not_fit_the_corpus_are_refused(teacher: Teacher) -> None:
     class Short:
         name, corpus = "short", teacher.corpus
