@@ -85,7 +85,7 @@ class Targets:
         )
 
     def __getitem__(self, index: slice | NDArray[np.integer] | NDArray[np.bool_]) -> Targets:
-        return Targets(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+        return Targets(**{name: values[index] for name, values in vars(self).items()})
 
     @staticmethod
     def concatenate(parts: list[Targets]) -> Targets:

@@ -79,9 +79,12 @@ def as_tensors(rows: TargetRows) -> dict[str, torch.Tensor]:
     """
     targets = named_arrays(rows.targets)
     arrays = {**vars(rows.rows), **targets, "target_offsets": rows.target_offsets}
-    absent = {name for name in targets if name.rpartition("/")[2] in OPTIONAL and targets[name].shape[1] == 0}
-    absent |= {f"{name}_scale" for name in absent if name.endswith("hidden")} | {"held_out"}
-    return {name: torch.from_numpy(values) for name, values in arrays.items() if name not in absent}
+    del arrays["held_out"]
+    for name, values in targets.items():
+        if values.ndim == 2 and values.shape[1] == 0 and name.rpartition("/")[2] in OPTIONAL:
+            del arrays[name]
+            arrays.pop(f"{name}_scale", None)
+    return {name: torch.from_numpy(values) for name, values in arrays.items()}
 
 
 class CacheLoader(DataLoader[Any]):
