@@ -21,35 +21,18 @@ Fields = Mapping[str, NDArray[Any]]
 """Arrays by name that have one leading axis."""
 
 
+@dataclass(slots=True)
 class Span:
-    """Where some rows lie in an array, and where in a result they go.
+    """Where some rows lie in an array, and where in a result they go."""
 
-    Attributes:
-      starts: [R] int64, where each row begins.
-      lengths: [R] int64, elements of each.
-      places: [R] int64, where each row begins in the result.
-      total: elements of all of them.
-    """
-
-    __slots__ = ("_indices", "lengths", "places", "starts", "total")
-
-    def __init__(
-        self, starts: NDArray[np.int64], lengths: NDArray[np.int64], places: NDArray[np.int64], total: int
-    ) -> None:
-        self.starts, self.lengths, self.places, self.total = starts, lengths, places, total
-        self._indices: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
-
-    @property
-    def indices(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """[total] each: where each element lies in the array, and where it goes."""
-        if self._indices is None:
-            within = np.arange(self.total)
-            within -= np.repeat(np.cumsum(self.lengths) - self.lengths, self.lengths)
-            self._indices = (
-                np.repeat(self.starts, self.lengths) + within,
-                np.repeat(self.places, self.lengths) + within,
-            )
-        return self._indices
+    starts: NDArray[np.int64]
+    """[R] where each row begins."""
+    lengths: NDArray[np.int64]
+    """[R] elements of each."""
+    places: NDArray[np.int64]
+    """[R] where each begins in the result."""
+    total: int
+    """Elements of all of them."""
 
 
 @dataclass(slots=True)
@@ -73,7 +56,7 @@ def arrays_of(stored: Fields | Sequence[Piece], names: Collection[str]) -> dict[
     """Those of some fields that are there, as arrays laid out as they are; of pieces, one copy.
 
     Args:
-      stored: arrays, or at least one piece of them; together, the pieces' rows fill the result.
+      stored: arrays, or at least one piece of them, each of at least one row; together, their rows fill the result.
       names: of the fields.
     """
     if isinstance(stored, Mapping):
@@ -96,14 +79,32 @@ def arrays_of(stored: Fields | Sequence[Piece], names: Collection[str]) -> dict[
             span = piece.span
             loops.copy_rows(sources, span.starts, span.lengths, span.places, widths, outs)
         return arrays
+    runs = _runs(stored)
     for name, out in arrays.items():
-        for piece in stored:
-            source, (index, places) = piece.fields[name], piece.span.indices
-            if _by_column(out):
-                out.T[:, places] = source.T[:, index]
-            else:
-                out[places] = source[index]
+        by_column, done = _by_column(out), 0
+        for fields, index in runs:
+            source, target = fields[name], out[done : done + len(index)]
+            if by_column:
+                source, target = source.T, target.T
+            if len(index):
+                np.take(source, index, axis=int(by_column), out=target, mode="clip")
+            done += len(index)
     return arrays
+
+
+def _runs(pieces: Sequence[Piece]) -> list[tuple[Fields, NDArray[np.int64]]]:
+    """The rows in the order of the result, neighbours of one piece together: its fields, and where the elements lie."""
+    spans = [piece.span for piece in pieces]
+    order = np.argsort(np.concatenate([span.places for span in spans]), kind="stable")
+    starts = np.concatenate([span.starts for span in spans])[order]
+    lengths = np.concatenate([span.lengths for span in spans])[order]
+    numbers = np.repeat(np.arange(len(pieces)), [len(span.starts) for span in spans])[order]
+    before = np.cumsum(lengths) - lengths
+    index = np.repeat(starts - before, lengths)
+    index += np.arange(len(index))
+    firsts = np.flatnonzero(np.diff(numbers, prepend=-1))
+    parts = np.split(index, before[firsts[1:]])
+    return [(pieces[number].fields, part) for number, part in zip(numbers[firsts].tolist(), parts, strict=True)]
 
 
 def _bytes_of(values: NDArray[Any]) -> NDArray[np.uint8]:
