@@ -16,11 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from tailcache.pipeline.config import CaptureConfig
 from tailcache.scripts.embedded import docstring_corpus, smollm2
-from tailcache.scripts.measure import Bar, peak_mib, report, reset_peak, spread
+from tailcache.scripts.measure import Bar, benchmark, peak_mib, report, reset_peak, spread
 
 __all__ = ["BenchCapture", "main"]
 
@@ -73,7 +71,7 @@ class BenchCapture:
 
 def main() -> None:
     """Entry point of ``python -m tailcache.scripts.bench_capture``."""
-    bench(tyro.cli(BenchCapture, description=__doc__))
+    benchmark("bench_capture", BenchCapture, bench, __doc__, may_be_zero=("num_samples",))
 
 
 def bench(config: BenchCapture) -> None:

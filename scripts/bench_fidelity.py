@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from torch import Tensor
 
 from tailcache.pipeline.config import CaptureConfig
@@ -51,7 +50,7 @@ from tailcache.scripts.fidelity_report import (
     plot,
 )
 from tailcache.scripts.fidelity_schemes import SCHEMES, Draws, Tails, variance
-from tailcache.scripts.measure import report
+from tailcache.scripts.measure import benchmark, report
 from tailcache.storage.errors import ConfigError
 from tailcache.trainers.tad import log_adaptive_beta
 
@@ -126,7 +125,7 @@ def quick(config: BenchFidelity) -> BenchFidelity:
 
 def main() -> None:
     """Entry point of ``python -m tailcache.scripts.bench_fidelity``."""
-    bench(tyro.cli(BenchFidelity, description=__doc__))
+    benchmark("bench_fidelity", BenchFidelity, bench, __doc__)
 
 
 def bench(config: BenchFidelity) -> None:

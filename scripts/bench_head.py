@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
-from tailcache.scripts.measure import Bar, report, spread
+from tailcache.scripts.measure import Bar, benchmark, report, spread
 
 __all__ = ["BenchHead", "main"]
 
@@ -40,7 +38,7 @@ class BenchHead:
 
 def main() -> None:
     """Entry point of ``python -m tailcache.scripts.bench_head``."""
-    bench(tyro.cli(BenchHead, description=__doc__))
+    benchmark("bench_head", BenchHead, bench, __doc__)
 
 
 def bench(config: BenchHead) -> None:

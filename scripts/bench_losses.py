@@ -25,10 +25,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from torch import Tensor
 
-from tailcache.scripts.measure import Bar, peak_mib, report, reset_peak
+from tailcache.scripts.measure import Bar, benchmark, peak_mib, report, reset_peak
 from tailcache.trainers.atkd import atkd, group_weights
 from tailcache.trainers.atoms import bucket_atoms
 from tailcache.trainers.divergences import cross_entropy, reverse_kl
@@ -41,7 +40,7 @@ from tailcache.trainers.tails import sampled
 from tailcache.trainers.terms import StudentTerms, TeacherTerms
 from tailcache.trainers.todi import todi
 
-__all__ = ["BenchLosses", "Problem", "fused_cross_entropy", "main", "make_problem"]
+__all__ = ["BenchLosses", "Problem", "bench", "fused_cross_entropy", "main", "make_problem"]
 
 TAD_TOP_K, TAD_BETA = 10, 2.0
 LIGER = "liger fused linear jsd"
@@ -333,7 +332,12 @@ def _sizes(options: BenchLosses, device: str) -> tuple[int, int]:
     return options.positions or (8192 if cuda else 4096), options.width or (2048 if cuda else 1024)
 
 
-def main(options: BenchLosses) -> None:
+def main() -> None:
+    """Entry point of ``python -m tailcache.scripts.bench_losses``."""
+    benchmark("bench_losses", BenchLosses, bench, __doc__)
+
+
+def bench(options: BenchLosses) -> None:
     """Measure, print, and check the bars."""
     memory = {}
     for name in _names(options):
@@ -409,4 +413,4 @@ def _finish_dense(problem: Problem) -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(BenchLosses, description=__doc__))
+    main()

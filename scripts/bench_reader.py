@@ -29,11 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 
 from tailcache.pipeline.config import CaptureConfig
 from tailcache.scripts.counted_place import CountedPlace
-from tailcache.scripts.measure import Bar, control_seconds, report, spread
+from tailcache.scripts.measure import Bar, benchmark, control_seconds, report, spread
 from tailcache.scripts.reader_baselines import parquet_random, parquet_shuffled, s3_copy, write_parquet
 from tailcache.storage import compiled
 from tailcache.storage.arrays import open_array, read_slice
@@ -149,7 +148,7 @@ def synthetic_cache(
 
 def main() -> None:
     """Entry point of ``python -m tailcache.scripts.bench_reader``."""
-    bench(tyro.cli(BenchReader, description=__doc__))
+    benchmark("bench_reader", BenchReader, bench, __doc__, may_be_zero=("num_samples",))
 
 
 def _rate(batches: Iterable[Any], epochs: int = 1) -> float:

@@ -28,9 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
-
-from tailcache.scripts.measure import Bar, peak_mib, report, reset_peak, spread
+from tailcache.scripts.measure import Bar, benchmark, peak_mib, report, reset_peak, spread
 from tailcache.trainers.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -119,8 +117,7 @@ class Setting:
 
 def main() -> None:
     """Entry point of ``python -m tailcache.scripts.bench_step``."""
-    config = tyro.cli(BenchStep, description=__doc__)
-    bench(config, _gpu() if config.gpu else _cpu())
+    benchmark("bench_step", BenchStep, lambda config: bench(config, _gpu() if config.gpu else _cpu()), __doc__)
 
 
 _SMALL_STUDENT = {

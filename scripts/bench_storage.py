@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from numpy.typing import NDArray
 
 from tailcache.scripts.embedded import docstring_corpus, smollm2
-from tailcache.scripts.measure import Bar, report
+from tailcache.scripts.measure import Bar, benchmark, report
 from tailcache.scripts.storage_schemes import Scheme, atoms_kl, other_schemes
 from tailcache.scripts.wide_teacher import VOCAB_SIZE, spread_tokens, train_wide
 from tailcache.storage.arrays import ArraySpec
@@ -70,7 +69,7 @@ class BenchStorage:
 
 def main() -> None:
     """Entry point of ``python -m tailcache.scripts.bench_storage``."""
-    bench(tyro.cli(BenchStorage, description=__doc__))
+    benchmark("bench_storage", BenchStorage, bench, __doc__)
 
 
 def bench(config: BenchStorage) -> None:

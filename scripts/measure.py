@@ -1,4 +1,4 @@
-"""What every benchmark here shares: medians, the conditions of a run, and bars that can fail.
+"""What every benchmark here shares: its command line, medians, the conditions of a run, and bars that can fail.
 
 Machines are noisy, so a figure is a median of several runs, and what is claimed is a ratio of two things measured in
 turn in one run.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import random
@@ -17,15 +18,55 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import tyro
+
+from tailcache.storage.errors import ConfigError, TailcacheError
 from tailcache.trainers.processors import num_processors
 
-__all__ = ["Bar", "conditions", "control_seconds", "peak_mib", "report", "reset_peak", "spread"]
+__all__ = ["Bar", "benchmark", "conditions", "control_seconds", "peak_mib", "report", "reset_peak", "spread"]
+
+Settings = TypeVar("Settings")
+
+
+def benchmark(
+    name: str,
+    settings: type[Settings],
+    bench: Callable[[Settings], object],
+    text: str | None,
+    *,
+    may_be_zero: Collection[str] = (),
+) -> None:
+    """The command line of a benchmark: read its settings, look at them, and measure.
+
+    Where a setting is wrong, or what it names, one line says so and the exit status is 2; 1 is a missed bar.
+
+    Args:
+      name: of the benchmark.
+      settings: a dataclass; its numbers are to be positive.
+      bench: measures and reports.
+      text: what ``--help`` says.
+      may_be_zero: whole numbers of the settings that can be 0.
+    """
+    try:
+        config = tyro.cli(settings, description=text)
+        for setting, value in vars(config).items():
+            least = 0 if setting in may_be_zero else 1
+            for number in value if isinstance(value, tuple) else (value,):
+                flag = f"--{setting.replace('_', '-')}"
+                if isinstance(number, int) and not isinstance(number, bool) and number < least:
+                    raise ConfigError(f"{flag}: expected at least {least}, found {number}")
+                if isinstance(number, float) and not 0 < number < math.inf:
+                    raise ConfigError(f"{flag}: expected a number above 0, found {number}")
+        bench(config)
+    except TailcacheError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 @dataclass(frozen=True, kw_only=True)

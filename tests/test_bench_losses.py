@@ -11,7 +11,7 @@ from children import FORKED
 from loss_cases import FLOAT32, assert_close
 
 from tailcache.scripts import bench_losses
-from tailcache.scripts.bench_losses import BenchLosses, fused_cross_entropy, main, make_problem
+from tailcache.scripts.bench_losses import BenchLosses, bench, fused_cross_entropy, make_problem
 
 
 def test_the_baseline_is_cross_entropy() -> None:
@@ -46,7 +46,7 @@ def test_every_loss_is_measured_and_a_missed_bar_is_an_error(
     monkeypatch.setattr(bench_losses, "get_context", lambda _: FORKED)  # processes whose peaks nothing is said of
     file = tmp_path / "losses.json"
     with pytest.raises(SystemExit) as stopped:
-        main(BenchLosses(positions=64, vocab_size=3000, width=16, rounds=1, device="cpu", json=file, check=True))
+        bench(BenchLosses(positions=64, vocab_size=3000, width=16, rounds=1, device="cpu", json=file, check=True))
     torch.set_num_threads(threads)
     assert stopped.value.code == 1
     assert "losses: missed time of CE + tad one-pass / CE" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import mmap
 import zlib
@@ -38,6 +39,39 @@ def test_a_missed_bar_fails_the_check_and_is_named(tmp_path: Path, capsys: pytes
         report("b", {"rate": 4.0}, bars, json_path=None, check=True)
     assert stopped.value.code == 1
     assert "rate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("bench_reader", ["--repeats", "0"], "--repeats: expected at least 1, found 0"),
+        ("bench_reader", ["--num-samples", "-1"], "--num-samples: expected at least 0, found -1"),
+        ("bench_reader", ["--cache", "nowhere"], "nowhere"),
+        ("bench_capture", ["--batch-positions", "0"], "--batch-positions: expected at least 1, found 0"),
+        ("bench_fidelity", ["--top-ks", "8", "0"], "--top-ks: expected at least 1, found 0"),
+        ("bench_fidelity", ["--held-out", "nan"], "--held-out: expected a number above 0, found nan"),
+        ("bench_head", ["--top-k", "-3"], "--top-k: expected at least 1, found -3"),
+        ("bench_losses", ["--rounds", "0"], "--rounds: expected at least 1, found 0"),
+        ("bench_step", ["--threads", "0"], "--threads: expected at least 1, found 0"),
+        ("bench_storage", ["--wide-seconds", "0"], "--wide-seconds: expected a number above 0, found 0.0"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(
+    name: str,
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [name, *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(f"tailcache.scripts.{name}").main()
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"{name}: ")
+    assert message in said
 
 
 def test_spread() -> None:
