@@ -125,7 +125,7 @@ def quick(config: BenchFidelity) -> BenchFidelity:
 
 def main() -> None:
     """Entry point of ``python -m tailcache.scripts.bench_fidelity``."""
-    benchmark("bench_fidelity", BenchFidelity, bench, __doc__)
+    benchmark("bench_fidelity", BenchFidelity, bench, __doc__, may_be_zero=("epochs",))
 
 
 def bench(config: BenchFidelity) -> None:

@@ -38,7 +38,7 @@ class BenchHead:
 
 def main() -> None:
     """Entry point of ``python -m tailcache.scripts.bench_head``."""
-    benchmark("bench_head", BenchHead, bench, __doc__)
+    benchmark("bench_head", BenchHead, bench, __doc__, may_be_zero=("num_samples",))
 
 
 def bench(config: BenchHead) -> None:

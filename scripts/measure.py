@@ -51,18 +51,17 @@ def benchmark(
       settings: a dataclass; its numbers are to be positive.
       bench: measures and reports.
       text: what ``--help`` says.
-      may_be_zero: whole numbers of the settings that can be 0.
+      may_be_zero: settings that can be 0.
     """
     try:
         config = tyro.cli(settings, description=text)
         for setting, value in vars(config).items():
-            least = 0 if setting in may_be_zero else 1
+            expected = "a number of at least 0" if setting in may_be_zero else "a number above 0"
             for number in value if isinstance(value, tuple) else (value,):
-                flag = f"--{setting.replace('_', '-')}"
-                if isinstance(number, int) and not isinstance(number, bool) and number < least:
-                    raise ConfigError(f"{flag}: expected at least {least}, found {number}")
-                if isinstance(number, float) and not 0 < number < math.inf:
-                    raise ConfigError(f"{flag}: expected a number above 0, found {number}")
+                if not isinstance(number, int | float) or isinstance(number, bool):
+                    continue
+                if not 0 <= number < math.inf or (number == 0 and setting not in may_be_zero):
+                    raise ConfigError(f"--{setting.replace('_', '-')}: expected {expected}, found {number}")
         bench(config)
     except TailcacheError as error:
         print(f"{name}: {error}", file=sys.stderr)
