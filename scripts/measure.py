@@ -24,8 +24,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tyro
-
+from tailcache.scripts.flags import parse_flags
 from tailcache.storage.errors import ConfigError, TailcacheError
 from tailcache.trainers.processors import num_processors
 
@@ -38,7 +37,7 @@ def benchmark(
     name: str,
     settings: type[Settings],
     bench: Callable[[Settings], object],
-    text: str | None,
+    text: str,
     *,
     may_be_zero: Collection[str] = (),
 ) -> None:
@@ -54,18 +53,23 @@ def benchmark(
       may_be_zero: settings that can be 0.
     """
     try:
-        config = tyro.cli(settings, description=text)
+        config = parse_flags(settings, sys.argv[1:], prog=name, description=text, default=None)
         for setting, value in vars(config).items():
-            expected = "a number of at least 0" if setting in may_be_zero else "a number above 0"
-            for number in value if isinstance(value, tuple) else (value,):
-                if not isinstance(number, int | float) or isinstance(number, bool):
-                    continue
-                if not 0 <= number < math.inf or (number == 0 and setting not in may_be_zero):
-                    raise ConfigError(f"--{setting.replace('_', '-')}: expected {expected}, found {number}")
+            _check_numbers(setting, value, may_be_zero=setting in may_be_zero)
         bench(config)
     except TailcacheError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _check_numbers(setting: str, value: object, *, may_be_zero: bool) -> None:
+    """Refuse a setting that is a number, or has one in it, which cannot be a count, a share or a time."""
+    for number in value if isinstance(value, tuple) else (value,):
+        if not isinstance(number, int | float) or isinstance(number, bool):
+            continue
+        if not 0 <= number < math.inf or (number == 0 and not may_be_zero):
+            expected = "a number of at least 0" if may_be_zero else "a number above 0"
+            raise ConfigError(f"--{setting.replace('_', '-')}: expected {expected}, found {number}")
 
 
 @dataclass(frozen=True, kw_only=True)

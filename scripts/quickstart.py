@@ -24,6 +24,7 @@ import tyro
 
 from tailcache.pipeline.config import CaptureConfig, CompareConfig
 from tailcache.scripts.embedded import docstring_corpus, smollm2
+from tailcache.storage.errors import TailcacheError
 from tailcache.trainers.config import StudentConfig, TrainConfig
 
 __all__ = ["Quickstart", "main", "quickstart"]
@@ -52,7 +53,10 @@ class Quickstart:
 
 def main() -> None:
     """Entry point of ``python -m tailcache.scripts.quickstart``."""
-    quickstart(tyro.cli(Quickstart, description=__doc__))
+    try:
+        quickstart(tyro.cli(Quickstart, description=__doc__))
+    except TailcacheError as error:
+        raise SystemExit(f"quickstart: {error}") from error
 
 
 def quickstart(config: Quickstart) -> dict[str, Any]:
@@ -102,7 +106,6 @@ def _prepare(config: Quickstart, cache: Path) -> None:
 
 def _capture(config: Quickstart, cache: Path, name: str, bits: int | None) -> None:
     from tailcache.scripts.capture import run
-    from tailcache.storage.errors import TailcacheError
     from tailcache.storage.reader import open_cache
 
     try:

@@ -74,6 +74,22 @@ def test_what_is_wrong_is_said_in_a_line(
     assert message in said
 
 
+def test_a_mistyped_flag_of_a_benchmark_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["bench_reader", "--repeat", "3"])
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module("tailcache.scripts.bench_reader").main()
+    assert stopped.value.code == 2
+    assert "bench_reader: there is no flag --repeat; did you mean --repeats?" in capsys.readouterr().err
+
+
+def test_what_the_quickstart_cannot_do_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["quickstart", "--out", str(tmp_path / "out"), "--max-tokens", "0"])
+    with pytest.raises(SystemExit, match=r"^quickstart: --max-tokens: expected at least 1, found 0"):
+        importlib.import_module("tailcache.scripts.quickstart").main()
+
+
 def test_spread() -> None:
     assert spread([3.0, 1.0, 2.0]) == {"min": 1.0, "median": 2.0, "max": 3.0}
 
